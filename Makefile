@@ -1,0 +1,58 @@
+# One command each. Needs python3 (3.11 or newer for the tested edition), git and make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install -q -c constraints.txt
+
+# A stamp says which set-up .venv has: "demo" is the engine, "full" adds the book and the tests.
+DEMO := $(VENV)/.stamp-demo
+FULL := $(VENV)/.stamp-full
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test book ladder notebooks tangle format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(DEMO)  ## set up the engine and let the bundled model write a story
+	@$(BIN)/nanovllm generate "Once upon a time"
+
+test: $(FULL)  ## run everything: lint, tangle, tests, book build, every notebook
+	@$(BIN)/python tests/run.py
+
+book: $(FULL)  ## build the book from the stored outputs
+	@$(BIN)/jupyter-book build . -W --keep-going -q
+	@echo "open _build/html/index.html"
+
+ladder: $(FULL)  ## measure every stage on one workload
+	@$(BIN)/python book/ladder.py
+
+notebooks: $(FULL)  ## execute every notebook afresh and store the outputs
+	@$(BIN)/python book/execute.py
+
+tangle: $(FULL)  ## rewrite nanovllm/ from the chapters
+	@$(BIN)/python chapters/tangle.py
+
+format: $(FULL)  ## format code and notebooks, fix what ruff can fix
+	@$(BIN)/ruff check -q --fix .
+	@$(BIN)/ruff format -q .
+
+clean:  ## remove the built book and caches (.venv stays)
+	rm -rf _build build dist .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
+	  f"the tested edition needs Python 3.11 or newer, and $(PYTHON) is {v.major}.{v.minor}: " \
+	  "try make PYTHON=python3.12, or install the package by hand with pip install -e .")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(DEMO): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "setting up $(VENV) for the engine (about a minute)"
+	@$(PIP) torch -e .
+	@touch $@
+
+$(FULL): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "setting up $(VENV) for the engine, the book and the tests (about two minutes)"
+	@$(PIP) torch -e '.[book,test]'
+	@touch $(DEMO) $@
