@@ -187,3 +187,66 @@ def merge(old: Iterable[Unit], new: Iterable[Unit], cell: Cell) -> list[Unit]:
                 at, unit = at or len(units), unit if at else replace(unit, gap=max(1, unit.gap))
             units.insert(at, unit)
     return sorted(units, key=lambda u: u.rank)
+
+
+Imports = dict[tuple[str, str, str], str]  # (module or "", name, asname or "") → comment beside
+
+
+def imports_of(unit: Unit, cell: Cell) -> Imports:
+    """The names that one import statement of a cell brings, except from its own target."""
+    node, found = unit.node, {}
+    module = getattr(node, "module", None) or ""
+    if unit.text.lstrip().startswith("#") or unit.lead:
+        raise cell.error(node.lineno, "imports are sorted: put the comment beside, not above")
+    if getattr(node, "level", 0) or node.names[0].name == "*":
+        raise cell.error(node.lineno, "neither `from .` nor `import *` can be exported")
+    if module == cell.export[: -len(".py")].removesuffix("/__init__").replace("/", "."):
+        return {}
+    lines = unit.text.split("\n")  # an import holds no string, so its first # is a comment
+    for alias in node.names:
+        _, mark, comment = lines[alias.lineno - node.lineno].partition("#")
+        found[module, alias.name, alias.asname or ""] = mark + comment
+    return found
+
+
+def _bound(key: tuple[str, str, str]) -> str:
+    return key[2] or (key[1] if key[0] else key[1].split(".")[0])
+
+
+def _natural(name: str) -> tuple:
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(p) if p.isdigit() else p for p in parts], name
+
+
+def _member_order(name: str) -> tuple:
+    kind = 0 if len(name) > 1 and name.isupper() else 1 if name[0].isupper() else 2
+    return kind, _natural(name)
+
+
+def render_imports(imports: Imports) -> str:
+    """Import statements in the order and layout of `ruff check --select I` and `ruff format`."""
+    statements: dict[tuple, list] = {}
+    for (module, name, asname), comment in imports.items():
+        root = (module or name).split(".")[0]
+        group = 1 if root in sys.stdlib_module_names else 3 if root == PACKAGE else 2
+        alone = (name, asname) if asname or not module else ("", "")
+        key = (0 if root == "__future__" else group, module, *alone)
+        statements.setdefault(key, []).append((_member_order(name), name, comment))
+    rows = []
+    for (group, module, _, asname), members in statements.items():
+        members.sort()
+        head = f"from {module} import " if module else "import "
+        tail = f" as {asname}" if asname else ""
+        text = head + ", ".join(name for _, name, _ in members) + tail
+        if len(members) == 1 and (len(text) <= WIDTH or not module):
+            text += f"  {members[0][2]}".rstrip()
+        elif len(text) > WIDTH or any(comment for *_, comment in members):
+            inner = [f"    {name}{tail},  {comment}".rstrip() for _, name, comment in members]
+            text = "\n".join([f"{head}(", *inner, ")"])
+        order = (bool(module), _natural(module or members[0][1]), members[0][0], asname)
+        rows.append((group, order, text))
+    rows.sort()
+    text = ""
+    for above, row in zip([None, *rows], rows, strict=False):
+        text += ("\n\n" if above[0] != row[0] else "\n") * bool(above) + row[2] if above else row[2]
+    return text

@@ -33,14 +33,14 @@ TOKENIZER_SEED = 1_000_000_000  # its documents are not among those of any train
 class Recipe:
     """What training does; lengths and sizes in tokens."""
 
-    num_tokens: int = 400_000_000
-    batch_tokens: int = 131_072
+    num_tokens: int = 500_000_000
+    batch_tokens: int = 65_536
     row_len: int = 2048
     long_row_len: int = 4096
     long_share: float = 0.15  # of the steps, at the end, on rows of long_row_len
-    warmup_steps: int = 150
+    warmup_steps: int = 200
     decay_share: float = 0.4  # of the steps, at the end, with the rate falling to zero
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     tokenizer_documents: int = 20_000  # of each sort
