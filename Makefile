@@ -22,7 +22,6 @@ test: $(FULL)  ## run everything: lint, tangle, tests, book build, every noteboo
 
 book: $(FULL)  ## build the book from the stored outputs
 	@$(BIN)/jupyter-book build . -W --keep-going -q
-	@echo "open _build/html/index.html"
 
 ladder: $(FULL)  ## measure every stage on one workload
 	@$(BIN)/python book/ladder.py

@@ -126,15 +126,16 @@ def main() -> int:
     chapters = sorted((ROOT / "chapters").glob("*.ipynb"))
     pages = sorted((ROOT / "book").glob("*.ipynb"))
     paths = [str(path.relative_to(ROOT)) for path in chapters + pages]
+    where = f"chapters: {len(chapters)}, appendices: {len(pages)}"
     notebooks = pytest(
-        f"{len(chapters)} chapters and {len(pages)} appendices, from a fresh kernel each",
+        f"notebooks, from a fresh kernel each ({where})",
         *("--nbmake", "--nbmake-timeout=300", "--durations=0", *paths),
     )
     total = checks + tests + notebooks
     print("\n== summary")
     print(f"checks     {checks}")
     print(f"tests      {tests}")
-    print(f"notebooks  {notebooks} ({len(chapters)} chapters, {len(pages)} appendices)")
+    print(f"notebooks  {notebooks} ({where})")
     if total.not_run:
         print(f"           {total.not_run} tests not run here (need a GPU)")
     print(total, flush=True)

@@ -253,7 +253,12 @@ def some_facts(rng: random.Random, story: Story, most: int) -> list[Fact]:
     """Between one and `most` questions about a story, no question twice."""
     facts = list({fact.question: fact for fact in story.facts}.values())
     count = min(len(facts), rng.randint(1, most))
-    return rng.sample(facts, count)
+    chosen = rng.sample(facts, count)
+    # Attributes are the hardest to learn: ask for them more often than by chance.
+    hard = [f for f in facts if "colo" in f.question or "weather" in f.question]
+    if hard and rng.random() < 0.3 and not any(fact in hard for fact in chosen):
+        chosen[0] = rng.choice(hard)
+    return chosen
 
 
 def question_turns(rng: random.Random, story: Story) -> list[tuple[str, str]]:

@@ -33,11 +33,11 @@ TOKENIZER_SEED = 1_000_000_000  # its documents are not among those of any train
 class Recipe:
     """What training does; lengths and sizes in tokens."""
 
-    num_tokens: int = 500_000_000
+    num_tokens: int = 460_000_000
     batch_tokens: int = 65_536
-    row_len: int = 2048
-    long_row_len: int = 4096
-    long_share: float = 0.15  # of the steps, at the end, on rows of long_row_len
+    # Rows grow: first one or two documents, then many, then as long as the model's positions.
+    row_lens: tuple[int, ...] = (512, 2048, 4096)
+    row_len_ends: tuple[float, ...] = (0.6, 0.85, 1.0)  # of the steps
     warmup_steps: int = 200
     decay_share: float = 0.4  # of the steps, at the end, with the rate falling to zero
     learning_rate: float = 2e-3
@@ -50,8 +50,9 @@ class Recipe:
         return max(1, self.num_tokens // self.batch_tokens)
 
     def row_len_at(self, step: int) -> int:
-        is_long = step >= self.num_steps * (1 - self.long_share)
-        return self.long_row_len if is_long else self.row_len
+        done = step / self.num_steps
+        ends = zip(self.row_lens, self.row_len_ends, strict=True)
+        return next(row_len for row_len, end in ends if done < end)
 
     def rate_at(self, step: int) -> float:
         """Warm-up, a plateau, then a straight line to zero."""
@@ -62,8 +63,7 @@ class Recipe:
 QUICK = Recipe(
     num_tokens=20_480,
     batch_tokens=1024,
-    row_len=256,
-    long_row_len=512,
+    row_lens=(128, 256, 512),
     warmup_steps=5,
     tokenizer_documents=300,
 )

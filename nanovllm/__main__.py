@@ -1,0 +1,188 @@
+"""The command line: `nanovllm generate | chat | bench`."""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from time import perf_counter
+from typing import get_args
+
+from nanovllm.config import Config
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.options import types_of
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type, skip: str = "", **defaults) -> None:
+    """Offer every field of an options dataclass on the command line, left out unless given.
+
+    `defaults` stand in for those of the dataclass.
+    """
+    group = parser.add_argument_group(f"{cls.__name__} options")
+    for spec in fields(cls):
+        if spec.name == skip:
+            continue
+        accepted, choices = types_of(spec.type), spec.metadata["choices"]
+        default = defaults.get(spec.name, spec.default)
+        settings = {
+            "default": defaults.get(spec.name, argparse.SUPPRESS),
+            "help": spec.metadata["help"],
+        }
+        if bool in accepted:
+            settings["action"] = argparse.BooleanOptionalAction
+        elif list in accepted:
+            element = get_args(get_args(spec.type)[-1])[0]  # str of `list[str] | tuple[str, ...]`
+            settings.update(action="append", type=element)
+            settings["help"] += "; may be given again"
+        else:
+            settings["type"] = next(t for t in (int, float, str) if t in accepted)
+            settings.update(choices=choices, metavar=None if choices else spec.name.upper())
+            if default is not None:
+                settings["help"] += f" (default: {default})"
+        group.add_argument("--" + spec.name.replace("_", "-"), **settings)
+
+
+def take(args: argparse.Namespace, cls: type) -> dict:
+    """The options of `cls` that the user gave."""
+    names = {spec.name for spec in fields(cls)}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The grammar of the command line."""
+    parser = argparse.ArgumentParser(prog="nanovllm", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a text")
+    generate.add_argument("prompt", help="the text to continue")
+    chat = commands.add_parser("chat", help="talk with the model; an empty line ends it")
+    for command, temperature in ((generate, 0.7), (chat, 0.3)):
+        add_options(command, Config)
+        # One seed serves both: the engine's, from which each request draws its own.
+        add_options(command, SamplingParams, "seed", temperature=temperature, max_tokens=300)
+
+    bench = commands.add_parser(
+        "bench", help="measure the engine on the standard workload", allow_abbrev=False
+    )
+    bench.add_argument("--workload", choices=("standard", "small"), help="default: by device")
+    bench.add_argument("--shape", metavar="NAME", help="random weights of a size: qwen3-0.6b, …")
+    bench.add_argument("--stage", type=int, metavar="K", help="measure the engine of chapter K")
+    bench.add_argument("--repeats", type=int, default=3, help="runs to take the median of")
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    add_options(bench, Config, "max_model_len")
+    return parser
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Stream one completion, then say how fast it came."""
+    from nanovllm.llm import LLM
+
+    params = SamplingParams(**take(args, SamplingParams) | {"seed": None})
+    llm = LLM(**take(args, Config))
+    pieces = llm.stream(args.prompt, params)
+    print(args.prompt, end="", flush=True)
+    print_stream(pieces)
+
+
+def print_stream(pieces) -> str:
+    """Print pieces as they come, their rate on stderr at the end; returns the whole text."""
+    start, times, text, num_tokens = perf_counter(), [], "", 0
+    for piece in pieces:
+        print(piece["text"], end="", flush=True)
+        times.append(perf_counter())
+        text += piece["text"]
+        num_tokens += len(piece["token_ids"])
+    print(flush=True)
+    rate = (num_tokens - 1) / (times[-1] - times[0]) if num_tokens > 1 else 0.0
+    first_ms = 1000 * (times[0] - start)
+    print(
+        f"[{num_tokens} tokens, first after {first_ms:.0f} ms, then {rate:,.0f} tokens/s]",
+        file=sys.stderr,
+    )
+    return text
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Read a line, stream the answer, and go on until the input ends."""
+    from nanovllm.llm import LLM
+
+    params = SamplingParams(**take(args, SamplingParams) | {"seed": None})
+    llm = LLM(**take(args, Config))
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("you> ").strip()
+        except EOFError:
+            print()
+            return
+        if not line:
+            return
+        messages.append({"role": "user", "content": line})
+        # The oldest exchange goes first once the conversation outgrows the model.
+        room = llm.max_model_len - params.max_tokens
+        while len(llm.apply_chat_template(messages)) > room and len(messages) > 2:
+            del messages[:2]
+        try:
+            pieces = llm.stream(llm.apply_chat_template(messages), params)
+            messages.append({"role": "assistant", "content": print_stream(pieces)})
+        except ValueError as error:
+            messages.pop()
+            print(f"nanovllm: error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            messages.pop()
+            print("\n[stopped]", file=sys.stderr)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Measure this engine, or that of a chapter."""
+    from nanovllm.bench import SHAPES, run
+
+    if args.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
+    if args.shape is not None and args.shape not in SHAPES:
+        raise ValueError(f"--shape must be one of {', '.join(SHAPES)}, got {args.shape!r}")
+    if args.stage is not None:
+        raise SystemExit(run_stage(args.stage))
+    run(args.workload, args.shape, args.repeats, args.json, take(args, Config))
+
+
+def run_stage(stage: int) -> int:
+    """Run this same command with the package as of a chapter, in a process of its own."""
+    roots = (Path(__file__).parents[1], Path.cwd())
+    tool = next((r / "chapters/tangle.py" for r in roots if (r / "chapters").is_dir()), None)
+    if tool is None:
+        raise ValueError("--stage needs the book's chapters: run it from a checkout")
+    arguments = list(sys.argv[1:])
+    at = next(i for i, argument in enumerate(arguments) if argument.startswith("--stage"))
+    del arguments[at : at + (1 if "=" in arguments[at] else 2)]
+    with tempfile.TemporaryDirectory() as folder:
+        write = [sys.executable, tool, "--upto", str(stage), "--out", folder]
+        if subprocess.run(write).returncode:
+            return 2
+        environment = {**os.environ, "PYTHONPATH": folder}
+        command = [sys.executable, "-m", "nanovllm", *arguments]
+        return subprocess.run(command, env=environment, cwd=folder).returncode
+
+
+def main() -> int:
+    """Run the command line; 0 well, 2 a caller's mistake, 1 a failure, 130 Ctrl-C."""
+    args = make_parser().parse_args()
+    try:
+        {"generate": generate, "chat": chat, "bench": bench}[args.command](args)
+        return 0
+    except (ValueError, RuntimeError) as error:
+        print(f"nanovllm: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    if not hasattr(sys, "ps1"):  # a notebook is __main__ too, and has its own arguments
+        sys.exit(main())

@@ -1,0 +1,281 @@
+"""The benchmark: one workload, its floor, and what the engine makes of it."""
+
+import json
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from time import perf_counter
+
+import torch
+
+from nanovllm.config import ModelConfig
+from nanovllm.llm import LLM
+from nanovllm.sampling_params import SamplingParams
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": 151645,
+}
+
+
+def qwen3_shape(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> dict:
+    """The config.json of a published Qwen3 size."""
+    return {
+        **QWEN3,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "tie_word_embeddings": tied,
+    }
+
+
+SHAPES = {
+    "qwen3-0.6b": qwen3_shape(1024, 3072, 28, 16, tied=True),
+    "qwen3-1.7b": qwen3_shape(2048, 6144, 28, 16, tied=True),
+    "qwen3-4b": qwen3_shape(2560, 9728, 36, 32, tied=True),
+    "qwen3-8b": qwen3_shape(4096, 12288, 36, 32, tied=False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests of random length, and the sizes of the single-request measurements."""
+
+    num_requests: int
+    input_len: tuple[int, int]  # fewest and most prompt tokens
+    output_len: tuple[int, int]
+    prefill: tuple[int, int]  # prompts, and tokens in each
+    single: tuple[int, int]  # prompt tokens, output tokens
+
+    def requests(self, vocab_size: int) -> tuple[list[list[int]], list[SamplingParams]]:
+        """Prompts and parameters; the lengths depend on no model, the tokens fit the vocabulary."""
+        random = Random(0)
+        prompts = [
+            [random.randint(0, 10000) % vocab_size for _ in range(random.randint(*self.input_len))]
+            for _ in range(self.num_requests)
+        ]
+        params = [
+            SamplingParams(
+                temperature=0.6, ignore_eos=True, max_tokens=random.randint(*self.output_len)
+            )
+            for _ in range(self.num_requests)
+        ]
+        return prompts, params
+
+
+WORKLOADS = {
+    # What this field measures with: 142,827 prompt tokens and 133,966 output tokens.
+    "standard": Workload(256, (100, 1024), (100, 1024), prefill=(64, 1024), single=(512, 256)),
+    # Small enough for an engine that recomputes everything on a laptop.
+    "small": Workload(16, (16, 128), (16, 128), prefill=(8, 256), single=(128, 64)),
+}
+
+
+def benchmark(workload: Workload, repeats: int, **options) -> dict:
+    """Run the workload `repeats` times on a fresh engine; all figures, medians first."""
+    lengths = (sum(pair) for pair in zip(workload.input_len, workload.output_len, strict=True))
+    longest = max(*lengths, sum(workload.single), workload.prefill[1] + 1)
+    start = perf_counter()
+    llm = LLM(max_model_len=longest, **options)
+    construct = perf_counter() - start
+    try:
+        if llm.max_model_len < longest:
+            raise ValueError(f"the workload needs {longest} tokens, the model {llm.max_model_len}")
+        return {
+            "machine": machine(llm),
+            "workload": asdict(workload),
+            "construct_s": construct,
+            **measure(llm, workload, repeats),
+        }
+    finally:
+        llm.exit()
+
+
+def measure(llm: LLM, workload: Workload, repeats: int) -> dict:
+    """The engine's figures on a workload, beside what the hardware would allow."""
+    vocab_size = llm.model_config.vocab_size
+    prompts, params = workload.requests(vocab_size)
+    num_output = sum(p.max_tokens for p in params)
+    fill = Random(1)
+    num_prefill, prefill_len = workload.prefill
+    single_len, single_out = workload.single
+    batch = [[fill.randrange(vocab_size) for _ in range(prefill_len)] for _ in range(num_prefill)]
+    single = [fill.randrange(vocab_size) for _ in range(single_len)]
+    first = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=1)
+
+    llm.generate(prompts[:2], first, use_tqdm=False)  # warm up
+    total = spread(repeats, lambda: seconds(llm, prompts, params))
+    prefill = spread(repeats, lambda: seconds(llm, batch, first))
+    first_token = spread(repeats, lambda: seconds(llm, single, first))
+    stream = spread(repeats, lambda: seconds_per_token(llm, single, single_out))
+    floor = floor_seconds(llm, prompts, params)
+    return {
+        "output_tokens": num_output,
+        "output_tokens_per_s": num_output / total["median"],
+        "floor_s": floor,
+        "floor_share": floor / total["median"],
+        "prefill_tokens_per_s": num_prefill * prefill_len / prefill["median"],
+        "time_to_first_token_ms": 1000 * first_token["median"],
+        "single_stream_tokens_per_s": 1 / stream["median"],
+        "peak_memory_bytes": peak_memory(llm),
+        "seconds": {
+            "workload": total,
+            "prefill": prefill,
+            "first_token": first_token,
+            "token": stream,
+        },
+    }
+
+
+def seconds(llm: LLM, prompts: list, params: SamplingParams | list[SamplingParams]) -> float:
+    """How long a call of `generate` takes."""
+    start = perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    return perf_counter() - start
+
+
+def seconds_per_token(llm: LLM, prompt: list[int], num_tokens: int) -> float:
+    """The time between two tokens of a single request, its first token left out."""
+    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=num_tokens)
+    times = [perf_counter() for _ in llm.stream(prompt, params)]
+    return (times[-1] - times[0]) / (num_tokens - 1)
+
+
+def spread(repeats: int, measurement: Callable[[], float]) -> dict[str, float]:
+    """Median, least and most of several measurements."""
+    values = [measurement() for _ in range(repeats)]
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def floor_seconds(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> float:
+    """The least time that the hardware needs for the workload, all requests decoding at once.
+
+    Each step reads every weight once; each token reads the keys and values before it once; each
+    prompt token costs two operations a weight. The ceilings are measured on this machine.
+    """
+    config, weights = llm.model_config, list(llm.model_runner.model.parameters())
+    weight_bytes = sum(w.numel() * w.element_size() for w in weights)
+    num_weights = sum(w.numel() for w in weights)
+    if not config.tie_word_embeddings:  # a step reads a row of the embedding, not the table
+        weight_bytes -= config.vocab_size * config.hidden_size * weights[0].element_size()
+    kv_bytes = kv_bytes_per_token(config, weights[0].element_size())
+    read = weight_bytes * max(p.max_tokens for p in params)
+    for prompt, p in zip(prompts, params, strict=True):
+        read += kv_bytes * sum(range(len(prompt), len(prompt) + p.max_tokens))
+    flops = 2 * num_weights * sum(map(len, prompts))
+    bandwidth, flop_rate = ceilings(weights[0].device, weights[0].dtype)
+    return read / bandwidth + flops / flop_rate
+
+
+def kv_bytes_per_token(config: ModelConfig, element_size: int) -> int:
+    """Bytes of one token's keys and values over all layers."""
+    per_layer = 2 * config.num_key_value_heads * config.head_dim * element_size
+    return config.num_hidden_layers * per_layer
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """This machine's bytes/s of a large copy (read plus written) and FLOP/s of a large product."""
+    on_gpu = device.type == "cuda"
+    source = torch.ones(2**30 if on_gpu else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    size = 8192 if on_gpu else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    copy = fastest(lambda: target.copy_(source), on_gpu)
+    product = fastest(lambda: a @ a, on_gpu)
+    return 2 * source.numel() / copy, 2 * size**3 / product
+
+
+def fastest(operation: Callable[[], object], on_gpu: bool, repeats: int = 10) -> float:
+    """Seconds of the quickest of several runs."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = perf_counter()
+        operation()
+        if on_gpu:
+            torch.cuda.synchronize()
+        best = min(best, perf_counter() - start)
+    return best
+
+
+def peak_memory(llm: LLM) -> int:
+    """The most bytes that were in use: on the GPU, or of the whole process on a CPU."""
+    if llm.model_runner.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def machine(llm: LLM) -> dict[str, str]:
+    """What the figures were measured on."""
+    device = llm.model_runner.device
+    on_gpu = device.type == "cuda"
+    name = (
+        torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    )
+    dtype = str(llm.model_runner.model.lm_head.weight.dtype).removeprefix("torch.")
+    return {
+        "device": name,
+        "dtype": dtype,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def run(
+    workload_name: str | None, shape: str | None, repeats: int, as_json: bool, options: dict
+) -> None:
+    """The `bench` command: print the figures, as a table or as one JSON object."""
+    if workload_name is None:
+        on_gpu = torch.cuda.is_available() and options.get("device") != "cpu"
+        workload_name = "standard" if on_gpu else "small"
+    with tempfile.TemporaryDirectory() as folder:
+        if shape is not None:
+            (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
+            options = {**options, "model": folder, "load_format": "dummy"}
+        figures = benchmark(WORKLOADS[workload_name], repeats, **options)
+    figures = {"model": shape or options.get("model") or "bundled", **figures}
+    figures["workload"]["name"] = workload_name
+    print(json.dumps(figures) if as_json else table(figures))
+
+
+def table(figures: dict) -> str:
+    """The figures for a person to read."""
+    at, work = figures["machine"], figures["workload"]
+    num_prefill, prefill_len = work["prefill"]
+    single_len, single_out = work["single"]
+    took = figures["seconds"]["workload"]
+    rows = [
+        ("model", f"{figures['model']}, {at['dtype']}"),
+        ("device", f"{at['device']}, torch {at['torch']}"),
+        (
+            "workload",
+            f"{work['name']}: {work['num_requests']} requests, "
+            f"{figures['output_tokens']:,} output tokens",
+        ),
+        ("output tokens/s", f"{figures['output_tokens_per_s']:,.0f}"),
+        ("seconds", f"{took['median']:.2f} ({took['min']:.2f} to {took['max']:.2f})"),
+        ("floor, seconds", f"{figures['floor_s']:.2f}: {figures['floor_share']:.1%} of it reached"),
+        (
+            f"prefill {num_prefill} x {prefill_len}, tokens/s",
+            f"{figures['prefill_tokens_per_s']:,.0f}",
+        ),
+        (f"first token after {single_len}, ms", f"{figures['time_to_first_token_ms']:.1f}"),
+        (f"one stream of {single_out}, tokens/s", f"{figures['single_stream_tokens_per_s']:,.0f}"),
+        ("engine built in, seconds", f"{figures['construct_s']:.1f}"),
+        ("peak memory, GB", f"{figures['peak_memory_bytes'] / 1e9:.2f}"),
+    ]
+    return "\n".join(f"{name:<34}{value}" for name, value in rows)

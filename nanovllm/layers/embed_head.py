@@ -1,0 +1,23 @@
+"""The two ends of the model: token ids to vectors, vectors to logits."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Embedding(nn.Module):
+    """Looks up a vector per token. token_ids: [num_tokens] -> [num_tokens, hidden_size]"""
+
+    def __init__(self, vocab_size: int, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(token_ids, self.weight)
+
+
+class LMHead(Embedding):
+    """Scores every token. hidden: [num_seqs, hidden_size] -> logits: [num_seqs, vocab_size]"""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.weight)

@@ -1,0 +1,115 @@
+"""Qwen3 (Qwen Team 2025), dense. Parameter names are those of the Hugging Face checkpoints."""
+
+import torch
+from torch import nn
+
+from nanovllm.config import ModelConfig
+from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.embed_head import Embedding, LMHead
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import Linear
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+class Qwen3Attention(nn.Module):
+    """Grouped-query attention whose queries and keys are normalised per head before RoPE."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = Linear(q_size, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.attn = Attention(scale=config.head_dim**-0.5)
+
+    def forward(self, x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """x: [num_tokens, hidden_size] -> the same shape"""
+        q = self.q_proj(x).view(len(x), -1, self.head_dim)  # [num_tokens, num_heads, head_dim]
+        k = self.k_proj(x).view(len(x), -1, self.head_dim)  # [num_tokens, num_kv_heads, head_dim]
+        v = self.v_proj(x).view(len(x), -1, self.head_dim)
+        q = apply_rotary(self.q_norm(q), *rotary)
+        k = apply_rotary(self.k_norm(k), *rotary)
+        return self.o_proj(self.attn(q, k, v).flatten(1))
+
+
+class Qwen3MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [num_tokens, hidden_size] -> the same shape"""
+        return self.down_proj(silu_and_mul(self.gate_proj(x), self.up_proj(x)))
+
+
+class Qwen3DecoderLayer(nn.Module):
+    """Attention, then the MLP, each on a normalised copy and added back to the stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.self_attn = Qwen3Attention(config)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """x: [num_tokens, hidden_size] -> the same shape"""
+        x = x + self.self_attn(self.input_layernorm(x), rotary)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen3Model(nn.Module):
+    """The stack of layers between the embedding and the logits."""
+
+    def __init__(self, config: ModelConfig, num_positions: int):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_emb = RotaryEmbedding(
+            config.head_dim,
+            config.rope_theta,
+            config.max_position_embeddings,
+            config.rope_scaling,
+            num_positions,
+        )
+        layers = [Qwen3DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """input_ids, positions: [num_tokens] -> [num_tokens, hidden_size]"""
+        x = self.embed_tokens(input_ids)
+        rotary = self.rotary_emb(positions)
+        for layer in self.layers:
+            x = layer(x, rotary)
+        return self.norm(x)
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """The model as its checkpoints name it: `model.*` and, unless tied, `lm_head.weight`."""
+
+    def __init__(self, config: ModelConfig, num_positions: int):
+        super().__init__()
+        self.model = Qwen3Model(config, num_positions)
+        self.lm_head = LMHead(config.vocab_size, config.hidden_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """input_ids, positions: [num_tokens] -> hidden states [num_tokens, hidden_size]"""
+        return self.model(input_ids, positions)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [num_seqs, hidden_size] -> logits [num_seqs, vocab_size]"""
+        return self.lm_head(hidden)

@@ -1,0 +1,30 @@
+"""How one request wants its tokens chosen."""
+
+from dataclasses import dataclass
+
+from nanovllm.utils.options import check_options, option
+
+
+@dataclass(slots=True)
+class SamplingParams:
+    """How one request chooses its tokens, and when it stops. A misfit raises ValueError."""
+
+    temperature: float = option(1.0, "0 is greedy; higher is more varied", minimum=0)
+    max_tokens: int = option(64, "stop after this many tokens", minimum=1)
+    ignore_eos: bool = option(False, "go on after an end-of-sequence token")
+    top_k: int = option(0, "sample among the k likeliest tokens (0: all)", minimum=0)
+    top_p: float = option(
+        1.0, "sample among the likeliest tokens of total probability p", above=0, maximum=1
+    )
+    seed: int | None = option(None, "same seed, same tokens, whatever else is in the batch")
+    stop: str | list[str] | tuple[str, ...] = option((), "stop at this text; it is not returned")
+    stop_token_ids: list[int] | tuple[int, ...] = option((), "stop after one of these tokens")
+
+    def __post_init__(self):
+        check_options(self)
+        self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must hold non-empty strings, got {self.stop!r}")
+        self.stop_token_ids = tuple(self.stop_token_ids)
+        if not all(type(token_id) is int for token_id in self.stop_token_ids):
+            raise ValueError(f"stop_token_ids must hold integers, got {self.stop_token_ids!r}")
