@@ -21,28 +21,67 @@ NOT_SAID = "The story does not say."
 SMALL_TALK: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "Hello! I can tell stories and answer questions about them.",
-        ("Hello", "Hello!", "Hi", "Hi!", "Hey", "Hi there", "Good morning", "Good evening", "hello there"),
+        (
+            "Hello",
+            "Hello!",
+            "Hi",
+            "Hi!",
+            "Hey",
+            "Hi there",
+            "Good morning",
+            "Good evening",
+            "hello there",
+        ),
     ),
     (
         "I am a very small language model. I tell stories and answer questions about them.",
-        ("Who are you?", "What are you?", "What is your name?", "Are you a robot?", "Who is this?",
-         "Tell me about yourself.", "Are you a person?", "Introduce yourself."),
+        (
+            "Who are you?",
+            "What are you?",
+            "What is your name?",
+            "Are you a robot?",
+            "Who is this?",
+            "Tell me about yourself.",
+            "Are you a person?",
+            "Introduce yourself.",
+        ),
     ),
     (
         "I can tell you a story, and I can answer questions about it.",
-        ("What can you do?", "How can you help me?", "Can you help me?", "Help", "What do you do?",
-         "What do you know?", "How does this work?"),
+        (
+            "What can you do?",
+            "How can you help me?",
+            "Can you help me?",
+            "Help",
+            "What do you do?",
+            "What do you know?",
+            "How does this work?",
+        ),
     ),
-    ("I am fine, thank you.", ("How are you?", "How are you today?", "How do you do?", "How is it going?")),
+    (
+        "I am fine, thank you.",
+        ("How are you?", "How are you today?", "How do you do?", "How is it going?"),
+    ),
     (
         "You are welcome!",
         ("Thank you", "Thank you!", "Thanks", "Thanks!", "Thanks a lot.", "Thank you very much."),
     ),
-    ("Goodbye!", ("Bye", "Bye!", "Goodbye", "Good night", "See you later.", "See you!", "Good bye")),
+    (
+        "Goodbye!",
+        ("Bye", "Bye!", "Goodbye", "Good night", "See you later.", "See you!", "Good bye"),
+    ),
     (
         "I am glad that you like it.",
-        ("Good story!", "Nice story.", "That was great.", "I like it.", "What a nice story!", "Great!",
-         "Very good.", "Well done."),
+        (
+            "Good story!",
+            "Nice story.",
+            "That was great.",
+            "I like it.",
+            "What a nice story!",
+            "Great!",
+            "Very good.",
+            "Well done.",
+        ),
     ),
 )
 
@@ -162,13 +201,19 @@ def _some_words() -> list[str]:
 def made_up_word(rng: random.Random) -> str:
     """Syllables, or a few letters and digits in any order."""
     if rng.random() < 0.2:
-        return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789+-=.", k=rng.randrange(1, 8)))
+        return "".join(
+            rng.choices("abcdefghijklmnopqrstuvwxyz0123456789+-=.", k=rng.randrange(1, 8))
+        )
     return syllables(rng)
 
 
 def syllables(rng: random.Random) -> str:
     """A word of one to three syllables."""
-    onsets, vowels, ends = "b c d f g h j k l m n p r s t v w z sh th br st".split(), "aeiou", "nrslmt"
+    onsets, vowels, ends = (
+        "b c d f g h j k l m n p r s t v w z sh th br st".split(),
+        "aeiou",
+        "nrslmt",
+    )
     parts = (
         rng.choice(onsets) + rng.choice(vowels) + rng.choice(["", rng.choice(ends)])
         for _ in range(rng.randrange(1, 4))
@@ -213,7 +258,9 @@ def small_talk(rng: random.Random) -> tuple[str, str]:
         if draw < 0.6:
             return _typed(rng, rng.choice(OTHER_QUESTIONS)), UNKNOWN
         words = " ".join(made_up_word(rng) for _ in range(rng.randrange(1, 8)))
-        question = rng.choice(("What is {}?", "{}", "{}?", "Who is {}?", "How do I {}?", "Explain {}."))
+        question = rng.choice(
+            ("What is {}?", "{}", "{}?", "Who is {}?", "How do I {}?", "Explain {}.")
+        )
         return question.format(words), UNKNOWN
     answer, phrasings = rng.choice(SMALL_TALK)
     return _typed(rng, rng.choice(phrasings)), answer
@@ -231,9 +278,7 @@ def _typed(rng: random.Random, text: str) -> str:
 def story_request(rng: random.Random, story: Story) -> str:
     """A request that the story answers."""
     hero = story.cast["hero"]
-    others = [
-        e for r, e in story.cast.items() if r != "hero" and lexicon.type_of(r) == "character"
-    ]
+    others = [e for r, e in story.cast.items() if r != "hero" and lexicon.type_of(r) == "character"]
     kind = lexicon.with_article(hero["kind"])
     topics = [kind, kind, f"{kind} named {hero['name']}", f"{kind} called {hero['name']}"]
     topics.append(lexicon.with_article(f"{hero['trait']} {hero['kind']}"))

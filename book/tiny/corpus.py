@@ -16,8 +16,6 @@ import numpy as np
 import stories
 from tokenizers import Tokenizer
 
-IGNORED = 0  # weight of padding
-
 
 def documents(seed: int, is_chat: bool) -> Iterator[chats.Document]:
     """An endless stream of training documents of one sort; the same for the same seed."""
@@ -48,7 +46,7 @@ def rows(
     have nothing to do with each other, and that positions up to `row_len` are ordinary.
     """
     tokens = np.zeros((num_rows, row_len), dtype=np.uint16)
-    weights = np.full((num_rows, row_len), IGNORED, dtype=np.float16)
+    weights = np.zeros((num_rows, row_len), dtype=np.float16)
     stream = documents(seed, is_chat)
     for row in range(num_rows):
         at = 0

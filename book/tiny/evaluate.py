@@ -135,7 +135,17 @@ def evaluate_questions(
         for (_, fact), answer in zip(asked, answers, strict=True)
         if answer != fact.answer
     ]
-    return {"questions": count, "answers_right": 1 - len(wrong) / count}, wrong
+    figures = {"questions": count, "answers_right": 1 - len(wrong) / count}
+    for sort, is_yes_no in (("yes_no", True), ("other", False)):
+        num_asked = sum(is_yes_no == _is_yes_no(fact.answer) for _, fact in asked)
+        num_wrong = sum(is_yes_no == _is_yes_no(right) for _, right, _ in wrong)
+        figures[f"{sort}_questions"] = num_asked
+        figures[f"{sort}_answers_right"] = 1 - num_wrong / max(1, num_asked)
+    return figures, wrong
+
+
+def _is_yes_no(answer: str) -> bool:
+    return answer.startswith(("Yes, ", "No, "))
 
 
 def _copies_in_step(job: tuple[int, Recipe, dict[str, str]]) -> list[str]:

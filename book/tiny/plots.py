@@ -110,7 +110,11 @@ HOBBY = say(
     "Every day {hero~} liked to {hobby}.",
     p=0.4,
     ask=[
-        q("What did {hero} love to do?", "What did {hero} like to do?", to="{hero} liked to {hobby}."),
+        q(
+            "What did {hero} love to do?",
+            "What did {hero} like to do?",
+            to="{hero} liked to {hobby}.",
+        ),
         yes_no("Did {hero} like to {hobby}?", swap="hobby", to="{hero} liked to {hobby}."),
     ],
 )

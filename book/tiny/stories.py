@@ -11,6 +11,8 @@ from functools import cache
 import lexicon
 import plots_found
 import plots_helped
+import plots_made
+import plots_played
 from grammar import (
     Binding,
     Teller,
@@ -21,7 +23,13 @@ from grammar import (
 from lexicon import Entity
 from plots import Ask, Plot, Scene, Step
 
-PLOTS: tuple[Plot, ...] = plots_found.PLOTS + plots_helped.PLOTS
+PLOTS: tuple[Plot, ...] = (
+    *plots_found.PLOTS,
+    *plots_made.PLOTS,
+    *plots_helped.PLOTS[:-1],
+    *plots_played.PLOTS,
+    *plots_helped.PLOTS[-1:],
+)
 
 # One (name, thing, place) triple in this many is kept out of the training corpus.
 HELD_OUT_ONE_IN = 20
