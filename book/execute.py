@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import sys
 import tempfile
@@ -69,6 +70,9 @@ def execute(path: Path, notebook: dict[str, Any], timeout: int) -> dict[str, Any
     import nbformat
     from nbclient import NotebookClient
 
+    # The bundled model's products are too small to share between threads: on a busy machine
+    # threads that wait for one another make single steps ten times as slow.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     node = nbformat.reads(json.dumps(notebook), as_version=4)
     client = NotebookClient(
         node,

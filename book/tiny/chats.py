@@ -126,12 +126,14 @@ BRIDGES = (
 
 REQUESTS = (
     "Tell me a story about {}.", "Tell me a short story about {}.", "Write a story about {}.",
-    "Please tell me a story about {}.", "Can you tell me a story about {}?", "A story about {}, please.",
+    "Please tell me a story about {}.", "Can you tell me a story about {}?",
+    "A story about {}, please.",
     "I want to hear a story about {}.", "Write a short story about {}.", "Tell a story about {}.",
 )  # fmt: skip
 OPEN_REQUESTS = (
     "Tell me a story.", "Tell me a story!", "Please tell me a story.", "A story, please.",
-    "Can you tell me a story?", "Write a story.", "I want to hear a story.", "Another story, please.",
+    "Can you tell me a story?", "Write a story.", "I want to hear a story.",
+    "Another story, please.",
     "Tell me another story.", "Once more, please.", "Tell me something.", "One more story!",
 )  # fmt: skip
 

@@ -53,15 +53,15 @@ def parse(template: str) -> tuple[Node, ...]:
     stack: list[list[list[Node]]] = [[[]]]
     end = 0
     for piece in _PIECE.finditer(template):
-        if piece.start() != end:
+        text = piece.group()
+        if piece.start() != end or (text in "|]" and len(stack) == 1):
             break
         end = piece.end()
-        text = piece.group()
         if text == "[":
             stack.append([[]])
-        elif text == "|" and len(stack) > 1:
+        elif text == "|":
             stack[-1].append([])
-        elif text == "]" and len(stack) > 1:
+        elif text == "]":
             options = tuple(tuple(option) for option in stack.pop())
             stack[-1][-1].append(Choice(options))
         elif text.startswith("{"):

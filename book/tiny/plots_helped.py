@@ -174,7 +174,8 @@ BRAVE = Plot(
         ),
         say(
             "{hero~} held the {toy} [very tight|in both hands|close].",
-            "{hero~} took out the {toy} and [took a deep breath|counted to ten|closed {hero.his} eyes].",
+            "{hero~} took out the {toy} and "
+            "[took a deep breath|counted to ten|closed {hero.his} eyes].",
             ask=q(
                 "What did {hero} hold?",
                 "What did {hero} do to be brave?",
