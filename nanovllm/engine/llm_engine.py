@@ -38,8 +38,8 @@ class LLMEngine:
         self.max_model_len = min(
             self.config.max_model_len, self.model_config.max_position_embeddings
         )
-        self.tokenizer = load_tokenizer(folder)
         self.model_runner = ModelRunner(self.config, self.model_config, folder, self.max_model_len)
+        self.tokenizer = load_tokenizer(folder)
         self.seeds = random.Random(self.config.seed)
         self.seq_ids = itertools.count()
         self.waiting: deque[Sequence] = deque()

@@ -1,0 +1,62 @@
+"""The suite that the package of every chapter passes.
+
+`NANOVLLM_STAGE=K pytest tests/conformance` tests the package as of chapter K; without the
+variable it tests `nanovllm/` as it stands in the repository.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "nanovllm" / "tiny"
+STAGE = os.environ.get("NANOVLLM_STAGE")
+sys.path[:0] = [str(ROOT), str(ROOT / "chapters")]
+
+
+def pytest_configure(config):
+    """Put the stage first on the path, before anything imports nanovllm."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if STAGE:
+        import tangle
+
+        assert "nanovllm" not in sys.modules
+        folder = tempfile.mkdtemp(prefix="nanovllm-stage-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        tangle.write_stage(int(STAGE), Path(folder))
+        sys.path.insert(0, folder)
+
+
+def pytest_report_header():
+    """Which package is under test."""
+    return f"conformance: package as of chapter {STAGE}" if STAGE else "conformance: nanovllm/"
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    """The bundled model's folder."""
+    return TINY
+
+
+@pytest.fixture(scope="module")
+def llm():
+    """One engine on the bundled model, shared by a module: each test must leave it empty."""
+    from nanovllm import LLM
+
+    engine = LLM(dtype="float32", device="cpu")
+    yield engine
+    assert engine.is_finished()
+    engine.exit()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """No test may change torch's defaults."""
+    before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device()
+    yield
+    assert (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device()) == before

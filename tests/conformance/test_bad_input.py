@@ -1,0 +1,187 @@
+"""A mistake is a ValueError that names it, before any work; the engine goes on as before."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from nanovllm import LLM, SamplingParams
+from safetensors.torch import load_file, save_file
+
+GOOD = SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(max_tokens=0), "max_tokens.*0"),
+        (dict(max_tokens=1.5), "max_tokens.*1.5"),
+        (dict(temperature=-0.1), "temperature.*-0.1"),
+        (dict(temperature=float("nan")), "temperature.*nan"),
+        (dict(temperature=float("inf")), "temperature.*inf"),
+        (dict(temperature="hot"), "temperature.*hot"),
+        (dict(top_p=0), "top_p.*0"),
+        (dict(top_p=1.1), "top_p.*1.1"),
+        (dict(top_p=float("nan")), "top_p.*nan"),
+        (dict(top_k=-1), "top_k.*-1"),
+        (dict(seed="x"), "seed.*x"),
+        (dict(stop=""), "stop"),
+        (dict(stop=[3]), "stop.*3"),
+        (dict(stop_token_ids=["a"]), "stop_token_ids.*a"),
+        (dict(ignore_eos=1), "ignore_eos.*1"),
+    ],
+)
+def test_bad_sampling_params_are_named(options, named):
+    with pytest.raises(ValueError, match=named):
+        SamplingParams(**options)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "named"),
+    [
+        ("", None, "empty"),
+        ([[]], None, "empty"),
+        ([[1], []], None, "empty"),
+        ([[1, 10**6]], None, str(10**6)),
+        ([[1, -1]], None, "-1"),
+        ([[1, 2.5]], None, "2.5"),
+        ([[True]], None, "True"),
+        (7, None, "7"),
+        ([7.5], None, "7.5"),
+        ([None], None, "None"),
+        ([[1] * 4097], None, "4097.*4096"),
+        ([[1] * 4000], GOOD(max_tokens=97), "4000.*97.*4096"),
+        (["Hello"], [GOOD(), GOOD()], "1 prompts.*2"),
+        (["Hello", "Hello"], [GOOD()], "2 prompts.*1"),
+        (["Hello"], "greedy", "greedy"),
+        (["Hello"], GOOD(stop_token_ids=[10**6]), str(10**6)),
+    ],
+)
+def test_bad_request_is_refused_and_nothing_is_left(llm, prompts, params, named):
+    greedy = SamplingParams(temperature=0, max_tokens=5)
+    before = llm.generate("Hello", greedy, use_tqdm=False)
+    with pytest.raises(ValueError, match=named):
+        llm.generate(prompts, params, use_tqdm=False)
+    assert llm.is_finished()
+    assert llm.generate("Hello", greedy, use_tqdm=False) == before
+
+
+def test_bad_stream_is_refused_at_the_call(llm):
+    with pytest.raises(ValueError, match="empty"):
+        llm.stream("")
+    assert llm.is_finished()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(max_modellen=5), "max_modellen.*max_model_len"),
+        (dict(max_model_len=0), "max_model_len.*0"),
+        (dict(max_model_len="long"), "max_model_len.*long"),
+        (dict(device="tpu"), "device.*tpu"),
+        (dict(device="cuda:99"), "cuda:99"),
+        (dict(dtype="int8"), "dtype.*int8"),
+        (dict(load_format="pickle"), "load_format.*pickle"),
+        (dict(model="no/such/folder"), "no/such/folder"),
+        (dict(model="./nowhere"), "nowhere"),
+        (dict(model="nobody/nothing"), "nobody/nothing"),
+        (dict(model=5), "model.*5"),
+    ],
+)
+def test_bad_engine_option_is_named(options, named):
+    with pytest.raises(ValueError, match=named):
+        LLM(**options)
+
+
+@pytest.fixture
+def checkpoint(bundled, tmp_path):
+    """A copy of the bundled model that a test may break."""
+    folder = tmp_path / "model"
+    shutil.copytree(bundled, folder)
+    return folder
+
+
+def edit_config(folder, **changes):
+    """Change fields of config.json; None takes a field out."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {k: v for k, v in config.items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+
+
+NORM = "model.layers.1.mlp.up_proj.weight"
+BREAKAGES = {
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no .*safetensors"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    "missing field": (lambda f: edit_config(f, hidden_size=None), "hidden_size"),
+    "another architecture": (
+        lambda f: edit_config(f, architectures=["LlamaForCausalLM"], model_type="llama"),
+        "LlamaForCausalLM.*Qwen3ForCausalLM",
+    ),
+    "unknown rope": (
+        lambda f: edit_config(f, rope_parameters={"rope_theta": 1e4, "rope_type": "llama3"}),
+        "llama3",
+    ),
+    "sliding window": (lambda f: edit_config(f, use_sliding_window=True), "sliding_window"),
+    "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(NORM)), NORM),
+    "misshapen tensor": (
+        lambda f: edit_tensors(f, lambda t: t.update({NORM: t[NORM][1:]})),
+        NORM + ".*shape",
+    ),
+    "cut off": (
+        lambda f: (f / "model.safetensors").write_bytes(
+            (f / "model.safetensors").read_bytes()[:5000]
+        ),
+        "model.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_broken_checkpoint_is_named(breakage, checkpoint):
+    damage, named = BREAKAGES[breakage]
+    damage(checkpoint)
+    with pytest.raises(ValueError, match=named):
+        LLM(str(checkpoint))
+
+
+def test_tensor_that_nothing_uses_is_a_warning(checkpoint):
+    edit_tensors(checkpoint, lambda t: t.update({"model.extra": torch.zeros(3)}))
+    with pytest.warns(UserWarning, match="model.extra"):
+        LLM(str(checkpoint), device="cpu")
+
+
+def test_lm_head_beside_tied_embeddings_is_no_warning(checkpoint):
+    edit_tensors(
+        checkpoint, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LLM(str(checkpoint), device="cpu")
+
+
+def test_text_needs_a_tokenizer_and_token_ids_do_not(checkpoint):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (checkpoint / name).unlink()
+    llm = LLM(str(checkpoint), device="cpu")
+    with pytest.raises(ValueError, match="tokenizer"):
+        llm.generate("Hello")
+    with pytest.raises(ValueError, match="tokenizer"):
+        llm.generate([[5]], SamplingParams(stop="x"))
+    assert len(llm.generate([[5]], SamplingParams(max_tokens=3), use_tqdm=False)) == 1
+
+
+def test_dummy_weights_need_a_config_alone(checkpoint):
+    for file in checkpoint.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    llm = LLM(str(checkpoint), load_format="dummy", device="cpu")
+    out = llm.generate([[5, 6]], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+    assert len(out[0]["token_ids"]) == 3

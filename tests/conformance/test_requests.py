@@ -1,0 +1,148 @@
+"""What a request may ask for, and what it gets: sampling, stopping, streaming, batches."""
+
+import pytest
+from nanovllm import LLM, SamplingParams
+
+PROMPTS = ["Once upon a time", "One day, Tom", "Hello", "The little fox"]
+
+
+def tokens(llm, prompts, params) -> list[list[int]]:
+    return [o["token_ids"] for o in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def test_seeded_tokens_do_not_depend_on_the_batch(llm):
+    params = [SamplingParams(seed=s, max_tokens=20, ignore_eos=True) for s in range(4)]
+    alone = [tokens(llm, p, q)[0] for p, q in zip(PROMPTS, params, strict=True)]
+    assert tokens(llm, PROMPTS, params) == alone
+    assert tokens(llm, PROMPTS[::-1], params[::-1]) == alone[::-1]
+
+
+def test_seeds_differ_and_repeat(llm):
+    draws = [tokens(llm, "Hello", SamplingParams(seed=s, max_tokens=20))[0] for s in (1, 2, 1)]
+    assert draws[0] == draws[2] != draws[1]
+
+
+def test_engine_seed_repeats_a_run():
+    runs = []
+    for seed in (5, 5, 6):
+        llm = LLM(dtype="float32", device="cpu", seed=seed)
+        runs.append(tokens(llm, PROMPTS[:2], SamplingParams(max_tokens=12, ignore_eos=True)))
+        llm.exit()
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("change", [dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-6)])
+def test_narrow_sampling_is_greedy(llm, change):
+    greedy = tokens(llm, PROMPTS, SamplingParams(temperature=0, max_tokens=16))
+    assert tokens(llm, PROMPTS, SamplingParams(max_tokens=16, **change)) == greedy
+
+
+def test_greedy_and_sampled_requests_share_a_batch(llm):
+    greedy = SamplingParams(temperature=0, max_tokens=16)
+    wild = SamplingParams(temperature=1.5, seed=1, max_tokens=16, top_p=0.9)
+    mixed = tokens(llm, ["Hello", "Hello"], [greedy, wild])
+    assert mixed == [tokens(llm, "Hello", greedy)[0], tokens(llm, "Hello", wild)[0]]
+
+
+def test_max_tokens_ends_with_length(llm):
+    params = SamplingParams(max_tokens=7, ignore_eos=True)
+    out = llm.generate("Hello", params, use_tqdm=False)[0]
+    assert len(out["token_ids"]) == 7 and out["finish_reason"] == "length"
+
+
+def test_stop_token_ends_the_request_and_is_kept(llm):
+    free = tokens(llm, "Once upon a time", SamplingParams(temperature=0, max_tokens=30))[0]
+    stop = free[10]
+    params = SamplingParams(temperature=0, max_tokens=30, stop_token_ids=[stop])
+    out = llm.generate("Once upon a time", params, use_tqdm=False)[0]
+    assert out["token_ids"] == free[: free.index(stop) + 1] and out["finish_reason"] == "stop"
+
+
+def test_every_eos_of_the_checkpoint_ends_the_request(llm):
+    assert len(llm.model_config.eos_token_ids) >= 2
+    params = SamplingParams(temperature=0.7, seed=3, max_tokens=400)
+    out = llm.generate("Once upon a time", params, use_tqdm=False)[0]
+    assert out["finish_reason"] == "stop"
+    assert out["token_ids"][-1] in llm.model_config.eos_token_ids
+    assert not set(out["token_ids"][:-1]) & set(llm.model_config.eos_token_ids)
+    on = SamplingParams(temperature=0.7, seed=3, max_tokens=400, ignore_eos=True)
+    longer = llm.generate("Once upon a time", on, use_tqdm=False)[0]
+    assert len(longer["token_ids"]) == 400 and longer["finish_reason"] == "length"
+    assert longer["token_ids"][: len(out["token_ids"])] == out["token_ids"]
+
+
+@pytest.mark.parametrize("span", [(5, 6), (3, 12), (20, 21)])
+def test_stop_string_cuts_the_text_and_never_leaks(llm, span):
+    free = llm.generate(
+        "Once upon a time", SamplingParams(temperature=0, max_tokens=40), use_tqdm=False
+    )[0]["text"]
+    stop = free[span[0] : span[1]]
+    params = SamplingParams(temperature=0, max_tokens=40, stop=[stop, "never in the text"])
+    out = llm.generate("Once upon a time", params, use_tqdm=False)[0]
+    assert out["text"] == free[: free.index(stop)] and out["finish_reason"] == "stop"
+    pieces = [p["text"] for p in llm.stream("Once upon a time", params)]
+    assert "".join(pieces) == out["text"]
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", "Caf\u00e9 \U0001f98a \u72d0\u72f8"])
+def test_streamed_pieces_join_to_what_generate_returns(llm, prompt):
+    params = SamplingParams(temperature=1.3, seed=4, max_tokens=60, ignore_eos=True)
+    whole = llm.generate(prompt, params, use_tqdm=False)[0]
+    pieces = list(llm.stream(prompt, params))
+    assert "".join(p["text"] for p in pieces) == whole["text"]
+    assert [t for p in pieces for t in p["token_ids"]] == whole["token_ids"]
+    assert [p["finish_reason"] for p in pieces] == [None] * (len(pieces) - 1) + ["length"]
+
+
+def test_a_consumer_that_stops_early_leaves_nothing_behind(llm):
+    stream = llm.stream("Hello", SamplingParams(max_tokens=50, ignore_eos=True))
+    next(stream)
+    assert not llm.is_finished()
+    stream.close()
+    assert llm.is_finished()
+
+
+def test_prompts_come_in_every_form(llm):
+    ids = llm.tokenizer.encode("Hello")
+    params = SamplingParams(temperature=0, max_tokens=5)
+    expected = tokens(llm, "Hello", params)
+    for prompts in (["Hello"], ids, [ids], (ids,)):
+        assert tokens(llm, prompts, params) == expected
+    assert tokens(llm, ["Hello", ids], [params, params]) == expected * 2
+    assert llm.generate([], params) == []
+    assert len(tokens(llm, "Hello", None)) == 1
+
+
+def test_chat_answers_one_conversation_or_several(llm):
+    hello = [{"role": "user", "content": "Hello"}]
+    params = SamplingParams(temperature=0, max_tokens=40)
+    one = llm.chat(hello, params, use_tqdm=False)
+    two = llm.chat([hello, hello], params, use_tqdm=False)
+    assert one + one == two
+    assert one[0]["text"] and "<|im_end|>" not in one[0]["text"]
+
+
+def test_step_by_step_is_the_same_as_generate(llm):
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    expected = tokens(llm, PROMPTS, params)
+    ids = [llm.add_request(prompt, params) for prompt in PROMPTS]
+    seqs = {}
+    while not llm.is_finished():
+        seqs.update({seq.seq_id: seq for seq in llm.step()})
+    assert [seqs[i].completion_token_ids for i in ids] == expected
+
+
+def test_abort_takes_one_request_out(llm):
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    expected = tokens(llm, PROMPTS, params)
+    ids = [llm.add_request(prompt, params) for prompt in PROMPTS]
+    seqs = {seq.seq_id: seq for seq in llm.step()}
+    llm.abort(ids[1])
+    llm.abort(ids[0])
+    while not llm.is_finished():
+        seqs.update({seq.seq_id: seq for seq in llm.step()})
+    for i in (2, 3):
+        assert seqs[ids[i]].completion_token_ids == expected[i]
+    for unknown in (ids[0], ids[3], 10**9):
+        with pytest.raises(ValueError, match=str(unknown)):
+            llm.abort(unknown)
