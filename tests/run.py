@@ -45,7 +45,9 @@ class Count:
         return text + (f", {self.skipped} skipped" if self.skipped else "")
 
 
-def run(name: str, command: list[str], *, echo: bool = False) -> tuple[int, str]:
+def run(
+    name: str, command: list[str], *, echo: bool = False, **environment: str
+) -> tuple[int, str]:
     """Run one command in the repository root; returns its exit status and its output.
 
     The output is shown as it comes with `echo`, and otherwise only where the command fails.
@@ -56,7 +58,7 @@ def run(name: str, command: list[str], *, echo: bool = False) -> tuple[int, str]
     with subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"} | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -91,12 +93,14 @@ def check(name: str, *command: str) -> Count:
     return Count(failed=1) if status else Count(passed=1)
 
 
-def pytest(name: str, *arguments: str) -> Count:
+def pytest(name: str, *arguments: str, **environment: str) -> Count:
     """A pytest run, counted from its JUnit report."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-n", str(WORKERS)]
-        status, output = run(name, [*command, f"--junitxml={report}", *arguments], echo=True)
+        status, output = run(
+            name, [*command, f"--junitxml={report}", *arguments], echo=True, **environment
+        )
         count = Count()
         if report.exists():
             for suite in ElementTree.parse(report).getroot().iter("testsuite"):
@@ -122,19 +126,24 @@ def main() -> int:
         + check("no name is defined too often", *tangle, "--count")
         + check("the book builds without a warning", *book)
     )
-    tests = pytest("tests", "tests")
+    tests = pytest("tests", "tests", "--ignore=tests/conformance")
     chapters = sorted((ROOT / "chapters").glob("*.ipynb"))
     pages = sorted((ROOT / "book").glob("*.ipynb"))
+    suites = Count()
+    for stage in range(1, len(chapters) + 1):
+        title = f"conformance, the package as of chapter {stage}"
+        suites += pytest(title, "tests/conformance", NANOVLLM_STAGE=str(stage))
     paths = [str(path.relative_to(ROOT)) for path in chapters + pages]
     where = f"chapters: {len(chapters)}, appendices: {len(pages)}"
     notebooks = pytest(
         f"notebooks, from a fresh kernel each ({where})",
         *("--nbmake", "--nbmake-timeout=300", "--durations=0", *paths),
     )
-    total = checks + tests + notebooks
+    total = checks + tests + suites + notebooks
     print("\n== summary")
     print(f"checks     {checks}")
     print(f"tests      {tests}")
+    print(f"stages     {suites} (one conformance suite, {len(chapters)} stages)")
     print(f"notebooks  {notebooks} ({where})")
     if total.not_run:
         print(f"           {total.not_run} tests not run here (need a GPU)")

@@ -59,4 +59,8 @@ def nothing_left_behind():
     """No test may change torch's defaults."""
     before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device()
     yield
-    assert (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device()) == before
+    assert (
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.get_default_device(),
+    ) == before

@@ -1,0 +1,125 @@
+"""The ladder: the same workload on the package as of every chapter.
+
+    python book/ladder.py                       measure on this machine, then draw
+    python book/ladder.py --shape qwen3-0.6b    on a published shape with random weights
+    python book/ladder.py --plot-only           draw what was measured before
+
+Each run is a fresh process. The order alternates (1, 2, … K, K, … 2, 1), so that a machine whose
+speed drifts treats all stages alike. Reported is the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "chapters"))
+
+import tangle  # noqa: E402
+from plotting import SOFT, chapter_color, use_style  # noqa: E402
+
+RATES = ("output_tokens_per_s", "single_stream_tokens_per_s", "prefill_tokens_per_s")
+FIGURES = (*RATES, "time_to_first_token_ms", "floor_s", "construct_s", "peak_memory_bytes")
+
+
+def titles() -> list[str]:
+    """The chapters' titles, from their first cells."""
+    names = []
+    for path in tangle.chapters():
+        first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]
+        names.append("".join(first).split("\n")[0].lstrip("# "))
+    return names
+
+
+def measure(rounds: int, arguments: list[str]) -> dict:
+    """Run the benchmark on every stage, `rounds` times each; medians, least and most."""
+    names = titles()
+    results: dict[int, list[dict]] = {k: [] for k in range(1, len(names) + 1)}
+    with tempfile.TemporaryDirectory() as folder:
+        stages = {k: Path(folder) / str(k) for k in results}
+        for k, out in stages.items():
+            tangle.write_stage(k, out)
+        for number in range(rounds):
+            for k in sorted(results, reverse=number % 2 == 1):
+                command = [sys.executable, "-m", "nanovllm", "bench", "--json", "--repeats", "1"]
+                environment = {**os.environ, "PYTHONPATH": str(stages[k])}
+                run = subprocess.run(
+                    [*command, *arguments], env=environment, cwd=folder, stdout=subprocess.PIPE
+                )
+                if run.returncode:
+                    raise SystemExit(f"the benchmark of stage {k} failed")
+                results[k].append(json.loads(run.stdout))
+                rate = results[k][-1]["output_tokens_per_s"]
+                print(f"round {number + 1}, chapter {k}: {rate:,.0f} tokens/s", flush=True)
+    first = results[1][0]
+    rungs = []
+    for k, runs in results.items():
+        spread = {name: [run[name] for run in runs] for name in FIGURES}
+        rung = {name: statistics.median(values) for name, values in spread.items()}
+        rung["least_and_most"] = {name: [min(spread[name]), max(spread[name])] for name in RATES}
+        rungs.append({"chapter": k, "title": names[k - 1], **rung})
+    workload = {**first["workload"], "output_tokens": first["output_tokens"]}
+    return {
+        "model": first["model"],
+        "machine": first["machine"],
+        "workload": workload,
+        "rounds": rounds,
+        "rungs": rungs,
+    }
+
+
+def draw(ladder: dict, path: Path) -> None:
+    """One bar a chapter: the whole workload on the left, a single stream on the right."""
+    import matplotlib.pyplot as plt
+
+    use_style()
+    rungs, work, machine = ladder["rungs"], ladder["workload"], ladder["machine"]
+    labels = [f"{rung['chapter']} {rung['title']}" for rung in rungs]
+    height = 1.5 + 0.45 * len(rungs)
+    figure, axes = plt.subplots(1, 2, figsize=(8, height), sharey=True)
+    requests = f"{work['num_requests']} requests, {work['output_tokens']:,} output tokens"
+    for axis, key, title in zip(axes, RATES, (requests, "one request alone"), strict=False):
+        values = [rung[key] for rung in rungs]
+        colors = [chapter_color(rung["chapter"]) for rung in rungs]
+        bars = axis.barh(labels, values, color=colors, height=0.6)
+        axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=4)
+        axis.set(xscale="log", xlabel="output tokens/s", title=title)
+        axis.set_xlim(min(values) / 3, max(values) * 5)
+        axis.grid(axis="y", visible=False)
+    axes[0].invert_yaxis()
+    what = f"{ladder['model']}, {machine['dtype']}, {machine['device']}, torch {machine['torch']}"
+    figure.supxlabel(f"{what}; median of {ladder['rounds']} runs", color=SOFT, fontsize=9)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Measure and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each stage (default: 3)")
+    parser.add_argument("--workload", default="small", help="standard or small (default: small)")
+    parser.add_argument("--shape", help="a published shape with random weights, e.g. qwen3-0.6b")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--out", type=Path, default=ROOT / "book/data/ladder.json")
+    parser.add_argument("--figure", type=Path, default=ROOT / "book/figures/ladder.svg")
+    parser.add_argument("--plot-only", action="store_true", help="draw what --out holds")
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if not args.plot_only:
+        arguments = ["--workload", args.workload, "--device", args.device]
+        ladder = measure(args.rounds, arguments + (["--shape", args.shape] if args.shape else []))
+        args.out.parent.mkdir(exist_ok=True)
+        args.out.write_text(json.dumps(ladder, indent=1) + "\n", encoding="utf-8")
+    draw(json.loads(args.out.read_text(encoding="utf-8")), args.figure)
+
+
+if __name__ == "__main__":
+    main()
