@@ -231,7 +231,8 @@ def gqa(height: int = 330) -> Axes:
         centre = x + (head + 0.5) * group * pitch
         box(ax, centre - 58, 164, 116, 34, f"k{head}", KEPT)
         box(ax, centre - 58, 204, 116, 34, f"v{head}", KEPT)
-    text = "num_kv_heads / num_heads = 4 / 8: half the keys and values\nof multi-head attention to keep"
+    text = "num_kv_heads / num_heads = 4 / 8: half the keys and values\n"
+    text += "of multi-head attention to keep"
     label(ax, WIDTH / 2, 284, text)
     return ax
 
@@ -273,7 +274,7 @@ def prefill_decode(height: int = 560) -> Axes:
         middle = top + 84
         for row in range(num_rows):
             cells(ax, 34, middle + (row - num_rows / 2) * size, [NOW] * 4, size)
-        label(ax, 78, middle + 74, shape, SMALL, SOFT)
+        label(ax, 14, middle + 74, shape, SMALL, SOFT, ha="left")
         label(ax, 147, middle, "×", 24)
         box(ax, 172, middle - 55, 110, 110, "weights", NEUTRAL)
         label(ax, 307, middle, "=", 24)

@@ -5,6 +5,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.sequence import Sequence
@@ -13,6 +14,10 @@ from nanovllm.layers.sampler import Sampler, SamplingTensors
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.loader import fill_with_noise, load_model
+
+# Without cuDNN's: it plans anew for every shape that it has not met, which takes longer than the
+# step, and a text that grows brings a new shape with every token.
+SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @contextmanager
@@ -48,7 +53,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, seqs: list[Sequence]) -> list[int]:
         """One new token id for each sequence."""
-        logits = self.forward(seqs)
+        with sdpa_kernel(SDPA_BACKENDS):
+            logits = self.forward(seqs)
         token_ids = self.sampler(logits, self.prepare_sample(seqs))
         return token_ids.tolist()  # the one place where the host waits for the device
 

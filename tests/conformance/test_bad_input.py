@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
-from nanovllm import LLM, SamplingParams
 from safetensors.torch import load_file, save_file
+
+from nanovllm import LLM, SamplingParams
 
 GOOD = SamplingParams
 

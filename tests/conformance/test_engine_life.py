@@ -1,6 +1,7 @@
 """An engine survives its interruptions, and several live side by side."""
 
 import pytest
+
 from nanovllm import LLM, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

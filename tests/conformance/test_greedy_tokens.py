@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from nanovllm import LLM, SamplingParams
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from nanovllm import LLM, SamplingParams
 
 VOCAB = 160
 PROMPT_LENS = (1, 2, 9, 33)

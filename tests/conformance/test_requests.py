@@ -1,6 +1,7 @@
 """What a request may ask for, and what it gets: sampling, stopping, streaming, batches."""
 
 import pytest
+
 from nanovllm import LLM, SamplingParams
 
 PROMPTS = ["Once upon a time", "One day, Tom", "Hello", "The little fox"]
