@@ -21,16 +21,16 @@ BEFORE = "#9AA3AE"  # what the last chapter's engine did
 LIMIT = "#C2402D"  # what the hardware allows
 EXTRA = ("#2F8F6B", "#8A5BB0", "#D08A1D")  # further series, in this order
 
-# Viridis from 0.08 to 0.82 in eight steps, and a ninth colour for any chapter after those.
+# Viridis, its bright end left out; chapters after the eighth share its colour.
 CHAPTERS = (
-    "#471669",
-    "#453581",
-    "#3A538B",
-    "#2E6E8E",
-    "#25878E",
-    "#1FA287",
-    "#40BC71",
-    "#88D548",
+    "#481769",
+    "#443A83",
+    "#38598C",
+    "#2B748E",
+    "#218F8D",
+    "#23A983",
+    "#4AC16D",
+    "#86D549",
 )
 
 FONT_SIZE = 11

@@ -162,7 +162,7 @@ def merge(old: list[Unit], new: list[Unit], cell: Cell) -> list[Unit]:
             at = 0
         elif following in names:
             at = names.index(following)
-        elif i and new[i - 1].name in names:
+        elif i and new[i - 1].name in names and new[i - 1].name != "__doc__":
             at = names.index(new[i - 1].name) + 1
         else:
             fields = [j for j, u in enumerate(units) if isinstance(u.node, ast.AnnAssign)]
@@ -296,6 +296,8 @@ class Package:
             # An import is rendered at the top: where it stood there is an empty line.
             lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
         units = split(lines, [n for n in body if n not in imports], i)
+        if imports and units:  # what stood above the first one was an import
+            units[0] = replace(units[0], gap=min(units[0].gap, 1))
         module.units = merge(module.units, units, cell)
         for unit in units:
             is_class = isinstance(unit.node, ast.ClassDef)
@@ -399,6 +401,7 @@ class Session:
     before: dict[str, str]
     now: dict[str, str] = field(default_factory=dict)
     executed: dict[str, str] = field(default_factory=dict)  # cell id -> source, last run last
+    names: set[str] = field(default_factory=set)  # what export cells bound in the notebook
 
 
 _session: Session | None = None
@@ -426,7 +429,7 @@ def start(chapter: int) -> None:
     _renew(write_with_data(_session.before, scratch, HERE))
     get_ipython().events.register("post_run_cell", _record)
     gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if gpu else f"cpu, threads: {torch.get_num_threads()}"
     print(f"package: as chapter {chapter - 1} leaves it" if chapter > 1 else "package: empty yet")
     print(f"device:  {device}")
     print(f"python {platform.python_version()}, torch {torch.__version__}", end="")
@@ -436,7 +439,11 @@ def start(chapter: int) -> None:
 def _record(result) -> None:
     """Remember an export cell that ran well; a cell that ran before counts in its new form."""
     source = result.info.raw_cell or ""
-    if DIRECTIVE.match(source.split("\n")[0]) and result.success and _session:
+    if not DIRECTIVE.match(source.split("\n")[0]) or _session is None:
+        return
+    if result.error_before_exec is None:
+        _session.names.update(_top_names(source))  # a cell that failed half-way bound some too
+    if result.success:
         key = getattr(result.info, "cell_id", None) or source
         _session.executed.pop(key, None)
         _session.executed[key] = source
@@ -467,7 +474,7 @@ def _renew(changed: list[str], merged: Package | None = None) -> None:
     namespace = get_ipython().user_ns
     owner = merged.owner if merged else {}
     homes = {name: path.removesuffix(".py").replace("/", ".") for path, name in owner}
-    ours = {n for s in (_session.executed.values() if _session else ()) for n in _top_names(s)}
+    ours = _session.names if _session else set()
     for name, value in list(namespace.items()):
         module = getattr(value, "__module__", None) or ""
         if isinstance(value, type(sys)) and value.__name__.split(".")[0] == PACKAGE:

@@ -224,7 +224,7 @@ def machine(llm: LLM) -> dict[str, str]:
     device = llm.model_runner.device
     on_gpu = device.type == "cuda"
     name = (
-        torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+        torch.cuda.get_device_name(device) if on_gpu else f"cpu, threads: {torch.get_num_threads()}"
     )
     dtype = str(llm.model_runner.model.lm_head.weight.dtype).removeprefix("torch.")
     return {

@@ -7,30 +7,6 @@ from torch import nn
 from nanovllm.utils.context import get_context
 
 
-def store_kvcache(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> None:
-    """Write each token's key and value into its slot.
-
-    k, v: [num_tokens, num_kv_heads, head_dim]; k_cache, v_cache: [..., num_kv_heads, head_dim],
-    whose leading dimensions, flattened, number the slots; slot_mapping: [num_tokens] int64.
-    """
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slot_mapping, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slot_mapping, v)
-
-
-def prefill_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: list[int], scale: float
-) -> torch.Tensor:
-    """Causal attention within each of several whole prompts that lie one after another."""
-    spans = zip(cu_seqlens, cu_seqlens[1:], strict=False)
-    return torch.cat([causal_attention(q[a:b], k[a:b], v[a:b], scale) for a, b in spans])
-
-
 def causal_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> torch.Tensor:
@@ -61,6 +37,30 @@ class Attention(nn.Module):
         return decode_attention(
             q, self.k_cache, self.v_cache, context.mask, context.max_context_len, self.scale
         )
+
+
+def store_kvcache(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Write each token's key and value into its slot.
+
+    k, v: [num_tokens, num_kv_heads, head_dim]; k_cache, v_cache: [..., num_kv_heads, head_dim],
+    whose leading dimensions, flattened, number the slots; slot_mapping: [num_tokens] int64.
+    """
+    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slot_mapping, k)
+    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slot_mapping, v)
+
+
+def prefill_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: list[int], scale: float
+) -> torch.Tensor:
+    """Causal attention within each of several whole prompts that lie one after another."""
+    spans = zip(cu_seqlens, cu_seqlens[1:], strict=False)
+    return torch.cat([causal_attention(q[a:b], k[a:b], v[a:b], scale) for a, b in spans])
 
 
 def decode_attention(

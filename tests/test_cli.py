@@ -1,0 +1,139 @@
+"""The command line: what it prints, and with which status it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def nanovllm(*arguments: str, **settings) -> subprocess.CompletedProcess:
+    """Run `python -m nanovllm` to its end."""
+    command = [sys.executable, "-m", "nanovllm", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, timeout=100, **settings
+    )
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["bench"]])
+def test_help_is_there(command):
+    shown = nanovllm(*command, "--help")
+    assert shown.returncode == 0
+    assert "usage: nanovllm" in shown.stdout
+    if command in (["generate"], ["chat"]):
+        for option in ("--model", "--device", "--seed", "--temperature", "--top-p", "--stop"):
+            assert option in shown.stdout
+
+
+def test_generate_streams_the_story_and_says_how_fast():
+    ran = nanovllm("generate", "Once upon a time", "--seed", "1", "--max-tokens", "30")
+    assert ran.returncode == 0
+    assert ran.stdout.startswith("Once upon a time") and len(ran.stdout) > 40
+    assert "30 tokens" in ran.stderr and "tokens/s" in ran.stderr
+    again = nanovllm("generate", "Once upon a time", "--seed", "1", "--max-tokens", "30")
+    assert again.stdout == ran.stdout
+
+
+def test_stop_may_be_given_again():
+    arguments = ("generate", "Once upon a time", "--seed", "1", "--stop", ".", "--stop", "a")
+    assert "a" not in nanovllm(*arguments).stdout.removeprefix("Once upon a time")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", ""],
+        ["generate", "Hi", "--max-tokens", "0"],
+        ["generate", "Hi", "--temperature", "nan"],
+        ["generate", "Hi", "--top-p", "1.5"],
+        ["generate", "Hi", "--model", "./nowhere"],
+        ["generate", "Hi", "--device", "tpu"],
+        ["bench", "--shape", "qwen9"],
+        ["bench", "--repeats", "0"],
+        ["bench", "--stage", "77"],
+    ],
+)
+def test_a_bad_value_is_one_clear_line_and_status_2(arguments):
+    ran = nanovllm(*arguments)
+    assert ran.returncode == 2, ran.stderr
+    assert "Traceback" not in ran.stderr and "error" in ran.stderr
+    assert ran.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"], ["generate"], ["generate", "Hi", "--bogus"]])
+def test_bad_usage_is_status_2(arguments):
+    assert nanovllm(*arguments).returncode == 2
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback():
+    command = [sys.executable, "-m", "nanovllm", "generate", "Once", "--ignore-eos"]
+    process = subprocess.Popen(
+        [*command, "--max-tokens", "4000"],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.read(20)  # it is writing
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = (
+        f"{sys.executable} -m nanovllm generate Once --ignore-eos --max-tokens 500 | head -c 5"
+    )
+    ran = subprocess.run(
+        command, shell=True, env=ENVIRONMENT, capture_output=True, text=True, timeout=100
+    )
+    assert "Traceback" not in ran.stderr and ran.stdout == "Once "[: len(ran.stdout)]
+
+
+def test_chat_answers_each_line_and_ends_with_the_input():
+    ran = nanovllm("chat", "--temperature", "0", input="Hello\nTell me a story about a fox.\n")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("you> ") == 3 and "fox" in ran.stdout
+    assert ran.stderr.count("tokens/s") == 2
+
+
+def test_bench_prints_one_json_object():
+    ran = nanovllm("bench", "--json", "--repeats", "1", "--device", "cpu")
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads(ran.stdout)
+    assert figures["workload"]["num_requests"] == 16 and figures["output_tokens"] == 990
+    for name in (
+        "output_tokens_per_s",
+        "prefill_tokens_per_s",
+        "time_to_first_token_ms",
+        "single_stream_tokens_per_s",
+        "floor_share",
+        "peak_memory_bytes",
+    ):
+        assert figures[name] > 0
+    assert figures["floor_share"] < 1
+
+
+def test_bench_measures_an_earlier_stage():
+    ran = nanovllm("bench", "--stage=1", "--repeats", "1", "--device", "cpu")
+    assert ran.returncode == 0, ran.stderr
+    assert "output tokens/s" in ran.stdout
+
+
+def test_the_standard_workload_has_its_known_size():
+    from nanovllm.bench import WORKLOADS
+
+    for vocab_size in (1536, 151936):
+        prompts, params = WORKLOADS["standard"].requests(vocab_size)
+        assert sum(p.max_tokens for p in params) == 133_966
+        assert sum(map(len, prompts)) == 142_827
+        assert max(max(prompt) for prompt in prompts) < vocab_size

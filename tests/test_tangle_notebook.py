@@ -1,0 +1,148 @@
+"""The tangle inside a running notebook, driven through nbclient."""
+
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Kernel:
+    """A notebook kernel that runs cells one by one, in a folder of chapters."""
+
+    def __init__(self, folder: Path):
+        self.notebook = nbformat.v4.new_notebook()
+        self.client = NotebookClient(
+            self.notebook, timeout=120, resources={"metadata": {"path": str(folder)}}
+        )
+
+    def run(self, source: str, at: int | None = None) -> str:
+        """Execute a cell, a new one or the one `at` an index again; returns what it printed."""
+        if at is None:
+            self.notebook.cells.append(nbformat.v4.new_code_cell(source))
+            at = len(self.notebook.cells) - 1
+        else:
+            self.notebook.cells[at].source = source
+        cell = self.client.execute_cell(self.notebook.cells[at], at)
+        return "".join(o.get("text", "") for o in cell.outputs)
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    """Makes kernels over a book with one chapter: `nanovllm.m` with a class X."""
+    folder = tmp_path / "chapters"
+    folder.mkdir()
+    shutil.copy(ROOT / "chapters/tangle.py", folder)
+    source = "#| export: nanovllm/m.py\nclass X:\n    def f(self):\n        return 1\n\n\nN = 5"
+    first = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    nbformat.write(first, folder / "01_first.ipynb")
+    clients = []
+
+    def make() -> Kernel:
+        made = Kernel(folder)
+        context = made.client.setup_kernel()
+        context.__enter__()
+        clients.append(context)
+        return made
+
+    yield make
+    for context in clients:
+        context.__exit__(None, None, None)
+
+
+OPEN = "import tangle\ntangle.start(2)\nfrom nanovllm.m import X, N\nimport nanovllm.m as m"
+EDIT = "#| export: nanovllm/m.py\nclass X(X):\n    def f(self):\n        return {}"
+
+
+def test_edited_cell_changes_the_package_without_a_restart(kernel):
+    notebook = kernel()
+    notebook.run(OPEN)
+    assert notebook.run("print(X().f(), m.X().f())") == "1 1\n"
+    notebook.run(EDIT.format(2))
+    notebook.run("tangle.checkpoint()")
+    look = (
+        "import nanovllm.m as again\nprint(X().f(), m.X().f(), m.X is X is again.X, X.__mro__[1])"
+    )
+    assert notebook.run(look) == "2 2 True <class 'object'>\n"
+    notebook.run(EDIT.format(3), at=2)  # the same cell, edited, within the same second
+    notebook.run("tangle.checkpoint()")
+    assert notebook.run(look) == "3 3 True <class 'object'>\n"
+
+
+def test_failing_and_unexecuted_cells_do_not_count(kernel):
+    notebook = kernel()
+    notebook.run(OPEN)
+    with pytest.raises(Exception, match="broken"):
+        notebook.run(EDIT.format(2) + "\n\n\nraise ValueError('broken')")
+    notebook.run("tangle.checkpoint()")
+    assert notebook.run("print(X().f())") == "1\n"
+
+
+def test_constants_follow_the_package(kernel):
+    notebook = kernel()
+    notebook.run(OPEN)
+    notebook.run("#| export: nanovllm/m.py\nN = 7")
+    notebook.run("tangle.checkpoint()")
+    assert notebook.run("print(N, m.N)") == "7 7\n"
+
+
+def test_two_notebooks_do_not_disturb_each_other(kernel):
+    one, two = kernel(), kernel()
+    for notebook, value in ((one, 10), (two, 20)):
+        notebook.run(OPEN)
+        notebook.run(EDIT.format(value))
+        notebook.run("tangle.checkpoint()")
+    assert [n.run("print(X().f())") for n in (one, two)] == ["10\n", "20\n"]
+
+
+def test_cells_can_be_run_twice_and_tracebacks_name_files(kernel):
+    notebook = kernel()
+    for _ in range(2):
+        notebook.run(OPEN)
+        notebook.run(EDIT.format("1 / 0"))
+        notebook.run("tangle.checkpoint()")
+    with pytest.raises(Exception, match=r"nanovllm/m\.py"):
+        notebook.run("X().f()")
+
+
+def test_subprocesses_see_the_same_package(kernel):
+    notebook = kernel()
+    notebook.run(OPEN)
+    notebook.run(EDIT.format(4))
+    notebook.run("tangle.checkpoint()")
+    program = "import nanovllm.m as m; print(m.X().f())"
+    run = f"subprocess.check_output([sys.executable, '-c', {program!r}], text=True)"
+    assert notebook.run(f"import subprocess, sys\nprint({run})").strip() == "4"
+
+
+def test_an_edit_in_chapter_2_changes_what_the_engine_does():
+    """The real chapter: sampling is overruled in `postprocess`, and generation obeys."""
+    source = nbformat.read(ROOT / "chapters/02_kv_cache.ipynb", as_version=4)
+    cells = [c for c in source.cells if c.cell_type == "code"]
+    last = max(i for i, c in enumerate(cells) if c.source.startswith("#| export"))
+    edited = [c.source for c in cells[: last + 1]]
+    at = next(i for i, s in enumerate(edited) if "def postprocess" in s)
+    assert "seq.append_token(token_id)" in edited[at]
+    notebook = Kernel(ROOT / "chapters")
+    generate = (
+        "from nanovllm import LLM, SamplingParams\n"
+        "params = SamplingParams(max_tokens=5, ignore_eos=True)\n"
+        "print(LLM(device='cpu').generate('Hello', params, use_tqdm=False)[0]['token_ids'])"
+    )
+    keep = [
+        i for i, s in enumerate(edited) if s.startswith(("#|", "import tangle", "tangle.", "from"))
+    ]
+    with notebook.client.setup_kernel():
+        place = {}
+        for i in keep:
+            notebook.run(edited[i])
+            place[i] = len(notebook.notebook.cells) - 1
+        notebook.run("tangle.checkpoint()")
+        assert notebook.run(generate) != "[7, 7, 7, 7, 7]\n"
+        changed = edited[at].replace("append_token(token_id)", "append_token(7)")
+        notebook.run(changed, at=place[at])
+        notebook.run("tangle.checkpoint()")
+        assert notebook.run(generate) == "[7, 7, 7, 7, 7]\n"
