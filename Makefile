@@ -15,7 +15,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: $(DEMO)  ## set up the engine and let the bundled model write a story
-	@$(BIN)/nanovllm generate "Once upon a time"
+	@OMP_WAIT_POLICY=passive $(BIN)/nanovllm generate "Once upon a time"
 
 test: $(FULL)  ## run everything: lint, tangle, tests, book build, every notebook
 	@$(BIN)/python tests/run.py
