@@ -12,6 +12,7 @@ import atexit
 import difflib
 import html
 import importlib
+import importlib.util
 import json
 import linecache
 import os
@@ -21,15 +22,23 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 PACKAGE, WIDTH, MOST_DEFINITIONS = "nanovllm", 100, 3
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-DIRECTIVE = re.compile(r"#\|\s*(export|delete):\s*(nanovllm/[\w/]*\w\.py)(?:::([\w., ]+))?\s*$")
-GUARD = "if __name__ == '__main__'"
+ASSIGNMENTS = (ast.Assign, ast.AnnAssign)
+IMPORTS = (ast.Import, ast.ImportFrom)
+PATH = rf"({PACKAGE}/(?:\w+/)*\w+\.py)"
+DIRECTIVE = re.compile(rf"#\|\s*(?:export:\s*{PATH}|delete:\s*{PATH}(?:::([\w., ]+))?)\s*$")
+MARK = re.compile(r"^#\|\s*(?:export|delete)\b", re.MULTILINE)
+# What has a fixed place: the docstring and type-only imports open a module, the guard closes it.
+RANK = {"__doc__": 0, "if TYPE_CHECKING": 1, "if __name__ == '__main__'": 3}
 
 
 class TangleError(Exception):
@@ -47,277 +56,416 @@ class Cell:
     def error(self, line: int, message: str) -> TangleError:
         return TangleError(f"{self.chapter}, cell {self.number}, line {line}: {message}")
 
+    def directives(self) -> list[tuple[str, str, list[str], int]]:
+        """The lines at the top as (target of an export, module to delete from, names, line)."""
+        found, lines = [], self.source.split("\n")
+        top = next((i for i, line in enumerate(lines) if not line.startswith("#|")), len(lines))
+        for number, line in enumerate(lines, start=1):
+            match = DIRECTIVE.match(line)
+            if number > top and MARK.match(line):
+                raise self.error(number, "a directive stands at the top of its cell")
+            if number <= top and (not match or match[1] and any(target for target, *_ in found)):
+                raise self.error(number, f"not a directive: {line}")
+            if number <= top:
+                names = [name.strip() for name in (match[3] or "").split(",")]
+                found.append((match[1] or "", match[2] or "", list(filter(None, names)), number))
+        return found
+
+    def body(self) -> list[ast.stmt]:
+        try:
+            return ast.parse(self.source).body
+        except SyntaxError as error:
+            raise self.error(error.lineno or 1, f"does not parse: {error.msg}") from None
+
+    def units(self) -> list[Unit]:
+        """The statements of the cell; every one of them can be exported."""
+        lines = self.source.split("\n")
+        units = split(lines, self.body(), len(self.directives()), len(lines))
+        for unit in units:
+            if not unit.names:
+                what = "only imports, functions, classes and assignments are exported"
+                raise self.error(unit.node.lineno, f"{what}, each on lines of its own")
+        return units
+
 
 @dataclass(frozen=True)
 class Unit:
-    """What one name stands for: its source as written, with the comments above it."""
+    """A statement as written, under the names that it defines (`a, b = 1, 2` is one unit)."""
 
-    name: str
-    text: str
+    names: tuple[str, ...]  # empty where it has none that could be merged
+    lead: str  # comments above that stand apart: they outlive a replacement of the unit
+    text: str  # whole lines, with decorators and the comments directly above; of a class, its head
     gap: int  # blank lines above, as written
     node: ast.stmt
-    line: int  # in its cell
+    members: tuple[Unit, ...] = ()  # of a class
+
+    @property
+    def reopens(self) -> bool:
+        """Is it `class X(X):`?"""
+        bases = getattr(self.node, "bases", [])
+        return any(isinstance(b, ast.Name) and b.id in self.names for b in bases)
+
+    @property
+    def rank(self) -> int:
+        return RANK.get(self.names[0], 2) if self.names else 2
 
 
 @dataclass
 class Module:
     """A module of the package while it is being merged."""
 
-    imports: dict[tuple[str, str, str], str] = field(default_factory=dict)  # value: a noqa comment
+    imports: dict[tuple[str, str, str], str] = field(default_factory=dict)  # value: its comment
     units: list[Unit] = field(default_factory=list)
 
 
 # ---- Source text <-> units ----
 
 
-def name_of(node: ast.stmt, first: bool) -> str:
-    """The name that a statement defines; empty for a statement that may not be exported."""
+def names_of(node: ast.stmt) -> tuple[str, ...]:
+    """The names that a statement defines; empty for a statement that may not be exported."""
     if isinstance(node, DEFINITIONS):
-        return node.name
-    if isinstance(node, ast.Assign | ast.AnnAssign):
+        return (node.name,)
+    if isinstance(node, ASSIGNMENTS):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         names = [t for target in targets for t in getattr(target, "elts", [target])]
-        return ",".join(n.id for n in names) if all(isinstance(n, ast.Name) for n in names) else ""
-    if type(node).__name__ == "TypeAlias":
-        return node.name.id
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-        return "__doc__" if first and isinstance(node.value.value, str) else ""
-    header = ast.unparse(node).split(":\n")[0] if isinstance(node, ast.If) else ""
-    return header if header in (GUARD, "if TYPE_CHECKING") else ""
+        return tuple(n.id for n in names) if all(isinstance(n, ast.Name) for n in names) else ()
+    if isinstance(node, IMPORTS):
+        return (f"import in line {node.lineno}",)
+    if type(node).__name__ == "TypeAlias":  # Python 3.12
+        return (node.name.id,)
+    header = ast.unparse(node).split(":\n")[0].replace("typing.", "")
+    return (header,) if isinstance(node, ast.If) and header in RANK else ()
 
 
-def split(lines: list[str], body: list[ast.stmt], start: int, shift: int = 0) -> list[Unit]:
-    """Cut `lines[start:]`, whose statements are `body`, into units; no comment gets lost."""
+def is_string(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
+
+
+def continues(node: ast.stmt, above: ast.stmt) -> bool:
+    """Does it belong to the statement above: `@x.setter` to `x`, a string to the field it is of?"""
+    if isinstance(node, DEFINITIONS) and getattr(above, "name", None) == node.name:
+        return any(ast.unparse(d).startswith(f"{node.name}.") for d in node.decorator_list)
+    return is_string(node) and isinstance(above, ASSIGNMENTS)
+
+
+def first_line(node: ast.stmt) -> int:
+    """The index of a statement's first line, decorators included."""
+    return min(n.lineno for n in [node, *getattr(node, "decorator_list", [])]) - 1
+
+
+def end_line(lines: list[str], node: ast.stmt, stop: int) -> int:
+    """The index after a statement and the comments that are indented below it."""
+    end = node.end_lineno
+    for i in range(end, stop):
+        if lines[i].strip() and len(lines[i]) - len(lines[i].lstrip()) <= node.col_offset:
+            break
+        end = i + 1 if lines[i].strip() else end
+    return end
+
+
+def split(lines: list[str], body: list[ast.stmt], start: int, stop: int) -> list[Unit]:
+    """Cut `lines[start:stop]`, whose statements are `body`, into units; no comment gets lost."""
     units: list[Unit] = []
-    for node in body:
-        above = min(n.lineno for n in [node, *getattr(node, "decorator_list", [])]) - 1
+    for i, node in enumerate(body):
+        following = body[i + 1] if i + 1 < len(body) else None
+        above = first_line(node)
+        end = end_line(lines, node, first_line(following)) if following else stop
         lead = lines[start:above]
+        apart = max((i for i, line in enumerate(lead, start=1) if not line.strip()), default=0)
         gap = next((i for i, line in enumerate(lead) if line.strip()), len(lead))
-        text = "\n".join([*lead[gap:], *lines[above : node.end_lineno]])
-        name = name_of(node, first=not units)
-        setter = any(
-            ast.unparse(d).startswith(f"{name}.") for d in getattr(node, "decorator_list", [])
-        )
-        if units and setter and units[-1].name == name:
-            units[-1] = replace(units[-1], text=units[-1].text + "\n\n" + text)
+        head, members = end, []
+        if isinstance(node, ast.ClassDef):
+            first = first_line(node.body[0])
+            while lines[first - 1].strip()[:1] in ("", "#"):
+                first -= 1
+            if first > node.lineno - 1:  # not so in `class X(Y): ...`
+                head, members = first, split(lines, node.body, first, end)
+        names = ("__doc__",) if is_string(node) and node is body[0] else names_of(node)
+        if above < start or following and following.lineno == node.end_lineno:
+            names = ()  # two statements share a line, so neither can be taken without the other
+        text = "\n".join([*lead[apart:], *lines[above:head]]).rstrip()
+        if units and continues(node, units[-1].node):
+            text = units[-1].text + "\n" * (gap + 1) + text
+            units[-1] = replace(units[-1], text=text)
         else:
-            units.append(Unit(name, text, gap, node, node.lineno + shift))
-        start = node.end_lineno
-    rest = "\n".join(lines[start:]).rstrip()
-    if rest and units:
-        units[-1] = replace(units[-1], text=units[-1].text + "\n" + rest)
+            apart_text = "\n".join(lead[:apart]).strip("\n")
+            units.append(Unit(names, apart_text, text, gap, node, tuple(members)))
+        start = end
     return units
 
 
-def join(units: list[Unit], blank: int) -> str:
+def join(units: Iterable[Unit], blank: int) -> str:
     """The text of units; `blank` lines stand around every function and class."""
-    text = ""
-    for above, unit in zip([None, *units], units, strict=False):
-        gap = min(unit.gap, blank)
-        if above and (isinstance(above.node, DEFINITIONS) or isinstance(unit.node, DEFINITIONS)):
+    text, above = "", None
+    for unit in units:
+        gap, defines = min(unit.gap, blank), isinstance(unit.node, DEFINITIONS)
+        if above and (isinstance(above.node, DEFINITIONS) or defines and not unit.lead):
             gap = blank
-        elif above and above.name == "__doc__":
-            gap = 1
-        if above and above.name == "__doc__" and blank == 1:
-            gap = 1
-        text += ("\n" * gap if above else "") + unit.text + "\n"
+        elif above and (min(above.rank, unit.rank) < 2 or defines):
+            gap = max(gap, 1) if above.rank else 1
+        text += "\n" * gap if above else ""
+        if unit.lead:
+            text += unit.lead + "\n" * (blank + 1 if defines else 2)
+        text += unit.text + "\n" + join(unit.members, 1)
+        above = unit
     return text
-
-
-def open_class(unit: Unit) -> tuple[str, list[Unit]]:
-    """A class as its header and its members; `pass` and `...` are no members."""
-    lines, node = unit.text.split("\n"), ast.parse(unit.text).body[0]
-    before = max([node.lineno, *(n.end_lineno for n in [*node.bases, *node.keywords])])
-    start = (
-        next(
-            i for i in range(before - 1, len(lines)) if lines[i].split("#")[0].rstrip()[-1:] == ":"
-        )
-        + 1
-    )
-    body = [n for n in node.body if not isinstance(n, ast.Pass) and ast.unparse(n) != "..."]
-    shift = unit.line - node.lineno
-    return "\n".join(lines[:start]), split(lines, body, start, shift) if body else []
 
 
 # ---- Merging ----
 
 
-def merge(old: list[Unit], new: list[Unit], cell: Cell) -> list[Unit]:
+def merge(old: Iterable[Unit], new: Iterable[Unit], cell: Cell) -> list[Unit]:
     """Replace what has the same name where it stands; put a new name beside its neighbour."""
-    units, had = list(old), {unit.name for unit in old}
+    units, new, seen = list(old), list(new), set()
     for i, unit in enumerate(new):
-        if not unit.name:
-            raise cell.error(
-                unit.line, "only imports, functions, classes and assignments are exported"
-            )
-        names = [u.name for u in units]
-        if unit.name in names:
-            at = names.index(unit.name)
-            units[at] = weave(units[at], unit, cell) if reopens(unit) else unit
-            continue
-        if reopens(unit):
-            raise cell.error(unit.line, f"class {unit.name} is reopened, but there is none")
-        following = next((n.name for n in new[i + 1 :] if n.name in had), None)
-        if unit.name == "__doc__":
-            at = 0
-        elif following in names:
-            at = names.index(following)
-        elif i and new[i - 1].name in names and new[i - 1].name != "__doc__":
-            at = names.index(new[i - 1].name) + 1
+        line, names = unit.node.lineno, set(unit.names)
+        if not names:
+            raise cell.error(line, "a reopened class takes only methods, fields and assignments")
+        if names & seen:
+            raise cell.error(line, f"{unit.names[0]} is defined twice in one cell")
+        seen |= names
+        same = [j for j, u in enumerate(units) if names & set(u.names)]
+        if unit.reopens:
+            target = units[same[0]] if same else None
+            members = weave(target, unit, cell)
+            units[same[0]] = replace(target, members=tuple(members))
+        elif same:
+            lost = {n for j in same for n in units[j].names} - names
+            if lost:
+                raise cell.error(line, f"{min(lost)} was assigned together with it: restate both")
+            first = units[same[0]]
+            units[same[0]] = replace(unit, lead=unit.lead or first.lead, gap=first.gap)
+            units = [u for j, u in enumerate(units) if j not in same[1:]]
         else:
-            fields = [j for j, u in enumerate(units) if isinstance(u.node, ast.AnnAssign)]
-            in_class = unit.text.startswith(" ")
-            is_field = isinstance(unit.node, ast.AnnAssign) and in_class and fields
-            at = fields[-1] + 1 if is_field else len(units) - (names[-1:] == [GUARD])
-        units.insert(at, unit)
-    return units
+            at = place(units, new, i)
+            units.insert(at, unit)
+            if (
+                at + 1 < len(units)
+                and i + 1 < len(new)
+                and set(units[at + 1].names) & {n for u in new[i + 1 :] for n in u.names}
+            ):  # between its neighbours: it takes the gap there, and the one in the cell follows
+                below = units[at + 1]
+                units[at : at + 2] = [
+                    replace(unit, gap=below.gap),
+                    replace(below, gap=new[i + 1].gap),
+                ]
+    return sorted(units, key=lambda unit: unit.rank)
 
 
-def reopens(unit: Unit) -> bool:
-    """Is it `class X(X):`?"""
-    bases = getattr(unit.node, "bases", [])
-    return len(bases) == 1 and isinstance(bases[0], ast.Name) and bases[0].id == unit.name
+def place(units: list[Unit], new: list[Unit], i: int) -> int:
+    """Where `new[i]` goes: before the next known name, else after the previous, else at the end."""
+    known = {name: j for j, u in enumerate(units) if u.rank == 2 for name in u.names}
+    following = [known[name] for u in new[i + 1 :] for name in u.names if name in known]
+    if following:
+        return following[0]
+    if i and new[i - 1].names[0] in known:
+        return known[new[i - 1].names[0]] + 1
+    if new[i].node.col_offset and isinstance(new[i].node, ast.AnnAssign):  # beside other fields
+        fields = [j for j, u in enumerate(units) if isinstance(u.node, ast.AnnAssign)]
+        return fields[-1] + 1 if fields else len(units)
+    return len(units)
 
 
-def weave(old: Unit, new: Unit, cell: Cell) -> Unit:
-    """The old class with the members of the reopening in it."""
-    if not isinstance(old.node, ast.ClassDef):
-        raise cell.error(new.line, f"{new.name} is reopened, but it is no class")
+def weave(old: Unit | None, new: Unit, cell: Cell) -> list[Unit]:
+    """The members of the old class with those of the reopening, which gives nothing else."""
+    line, name = new.node.lineno, new.names[0]
+    if old is None:
+        raise cell.error(line, f"class {name} is reopened, but there is none")
+    if not old.members or not new.members:
+        raise cell.error(line, f"{name} is reopened, but it is no class with a body: restate it")
+    if len(new.node.bases) + len(new.node.keywords) > 1:
+        raise cell.error(line, f"{name} keeps its bases when reopened: to change them, restate it")
     for node in ast.walk(new.node):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "super":
+        if isinstance(node, ast.Name) and node.id == "super":
             raise cell.error(node.lineno, "super() would mean another class once it is merged")
-    header, members = open_class(old)
-    body = join(merge(members, open_class(new)[1], cell), 1)
-    return replace(old, text=f"{header}\n{body}".rstrip("\n"))
+    kept = [unit for unit in old.members if not isinstance(unit.node, ast.Pass)]
+    return merge(kept, new.members, cell)
 
 
-def delete(module: Module, name: str, cell: Cell) -> None:
-    """Take a name, or a member of a class, out of a module."""
-    top, _, member = name.partition(".")
-    at = next((i for i, unit in enumerate(module.units) if unit.name == top), None)
-    if at is None:
-        raise cell.error(1, f"there is no {name} to delete")
-    if not member:
-        del module.units[at]
-        return
-    header, members = open_class(module.units[at])
-    left = [unit for unit in members if unit.name != member]
-    if len(left) == len(members):
-        raise cell.error(1, f"there is no {name} to delete")
-    body = join(left, 1) if left else "    pass"
-    module.units[at] = replace(module.units[at], text=f"{header}\n{body}".rstrip("\n"))
+def without(units: Iterable[Unit], names: list[str]) -> tuple[list[Unit], set[str]]:
+    """Units without some names and members, and those of the names that were not there."""
+    left, missing = [], set(names)
+    for unit in units:
+        prefix = f"{unit.names[0]}." if unit.members else None
+        inner = [n.removeprefix(prefix) for n in missing if prefix and n.startswith(prefix)]
+        if set(unit.names) & missing and set(unit.names) <= set(names):
+            missing -= set(unit.names)
+            continue
+        if inner:
+            members, unknown = without(unit.members, inner)
+            missing -= {prefix + n for n in inner if n not in unknown}
+            unit = replace(unit, members=tuple(members))
+            if not members:
+                unit = replace(unit, text=unit.text + "\n    pass")
+        left.append(unit)
+    return left, missing
 
 
-def add_import(module: Module, unit_text: str, node: ast.stmt, path: str, cell: Cell) -> None:
+def bound_name(key: tuple[str, str, str]) -> str:
+    """The name that an import binds."""
+    source, name, alias = key
+    return alias or (name if source else name.split(".")[0])
+
+
+def add_import(module: Module, unit: Unit, path: str, cell: Cell) -> None:
     """Unite an import statement with the module's; one from the module itself is dropped."""
-    source = getattr(node, "module", None) or ""
+    node, source = unit.node, getattr(unit.node, "module", None) or ""
     if getattr(node, "level", 0) or node.names[0].name == "*":
         raise cell.error(node.lineno, "relative and star imports can't be exported")
-    if source == path.removesuffix(".py").replace("/", "."):
+    if source == dotted(path):
         return
-    comment = "  # noqa: F401" if "noqa: F401" in unit_text else ""
+    lines = unit.text.split("\n")
+    if unit.lead or lines[0].startswith("#"):
+        raise cell.error(node.lineno, "imports get sorted: put the comment beside, not above")
     for alias in node.names:
-        module.imports[source, alias.name, alias.asname or ""] = comment
+        key = source, alias.name, alias.asname or ""
+        marks = (lines[alias.lineno - node.lineno], lines[0])  # no string, so # is a comment
+        comment = next((line[line.index("#") :] for line in marks if "#" in line), "")
+        for other in list(module.imports):
+            two_submodules = not (source or other[0] or key[2] or other[2])
+            if other != key and bound_name(other) == bound_name(key) and not two_submodules:
+                del module.imports[other]
+        module.imports[key] = comment or module.imports.get(key, "")
+
+
+def natural(text: str) -> tuple:
+    """Sorts a9 before a10, and without regard to case, as isort and ruff do."""
+    parts = re.split(r"(\d+)", text.lower())
+    return [int(p) if p.isdigit() else p for p in parts], text
+
+
+def member_order(name: str) -> tuple:
+    """isort's order of imported names: constants, classes, the rest."""
+    return 0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2, natural(name)
+
+
+def render_imports(imports: dict[tuple[str, str, str], str]) -> str:
+    """Import statements in the order and the layout of ruff's isort rule and formatter."""
+    statements: dict[tuple, list[tuple]] = {}
+    for (source, name, alias), comment in imports.items():
+        root = (source or name).split(".")[0]
+        kind = 1 if root in sys.stdlib_module_names else 3 if root == PACKAGE else 2
+        kind = 0 if root == "__future__" else kind
+        alone = (name, alias) if alias or not source else ("", "")  # a statement of its own
+        shown = f"{name} as {alias}" if alias else name
+        statement = statements.setdefault((kind, source, alone), [])
+        statement.append((member_order(name), shown, comment))
+    rows = []
+    for (kind, source, alone), members in statements.items():
+        members.sort()
+        head = f"from {source} import " if source else "import "
+        text = head + ", ".join(shown for _, shown, _ in members)
+        wraps = len(text) > WIDTH or len(members) > 1 and any(c for *_, c in members)
+        if source and wraps:
+            inner = [f"    {shown},  {comment}".rstrip() for _, shown, comment in members]
+            text = "\n".join([f"{head}(", *inner, ")"])
+        else:
+            text = f"{text}  {members[0][2]}".rstrip()
+        rows.append((kind, bool(source), natural(source or alone[0]), members[0][0], alone, text))
+    rows.sort()
+    blocks = [[row[-1] for row in rows if row[0] == kind] for kind in range(4)]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
 def render(module: Module, path: str) -> str:
     """The module's source."""
-    body = "\n".join(unit.text for unit in module.units if unit.name != "__doc__")
-    used = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)}
-    groups: dict[int, dict[tuple, list[tuple]]] = {}
-    for (source, name, alias), comment in module.imports.items():
-        root = (source or name).split(".")[0]
-        bound = alias or (name if source else root)
-        if not (bound in used or comment or root == "__future__" or path.endswith("__init__.py")):
-            continue
-        kind = 1 if root in sys.stdlib_module_names else 3 if root == PACKAGE else 2
-        kind = 0 if root == "__future__" else kind
-        order = 0 if name.isupper() and len(name) > 1 else 1 if name[:1].isupper() else 2
-        key = (bool(source), (source or name).lower(), source or name, "" if source else alias)
-        groups.setdefault(kind, {}).setdefault(key, []).append(
-            (order, name.lower(), name, alias, comment)
-        )
-    blocks = []
-    for _, statements in sorted(groups.items()):
-        lines = []
-        for (is_from, _, source, _), members in sorted(statements.items()):
-            shown = [n + (f" as {a}" if a else "") for _, _, n, a, _ in sorted(members)]
-            text = f"from {source} import {', '.join(shown)}" if is_from else f"import {shown[0]}"
-            if len(text) > WIDTH:
-                text = f"from {source} import (\n    " + ",\n    ".join(shown) + ",\n)"
-            lines.append(text + max(m[-1] for m in members))
-        blocks.append("\n".join(lines))
-    docs = [unit.text for unit in module.units if unit.name == "__doc__"]
-    units = [unit for unit in module.units if unit.name != "__doc__"]
-    head = "\n\n".join([*docs, *blocks])
-    gap = "\n\n\n" if units and isinstance(units[0].node, DEFINITIONS) else "\n\n"
-    return head + (gap if head and units else "" if units else "\n") + join(units, 2)
+    body = [unit for unit in module.units if unit.names != ("__doc__",)]
+    nodes = list(ast.walk(ast.parse(join(body, 2))))
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    for node in nodes:
+        if isinstance(node, ast.Assign) and names_of(node) == ("__all__",):
+            used |= {n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant)}
+    keep_all = path.endswith("__init__.py")
+    imports = {
+        key: comment
+        for key, comment in module.imports.items()
+        if keep_all or bound_name(key) in used or key[0] == "__future__" or "noqa: F401" in comment
+    }
+    docs = [unit.text for unit in module.units if unit.names == ("__doc__",)]
+    head = "\n\n".join(part for part in [*docs, render_imports(imports)] if part)
+    near = body and isinstance(body[0].node, DEFINITIONS) and not body[0].lead
+    return (head + ("\n\n\n" if near else "\n\n" if body else "\n") if head else "") + join(body, 2)
+
+
+def dotted(path: str) -> str:
+    """nanovllm/engine/x.py → nanovllm.engine.x"""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def texts(units: Iterable[Unit], prefix: str = "") -> dict[str, str]:
+    """Name or Class.member → its text."""
+    found = {}
+    for unit in units:
+        for name in unit.names if unit.names != ("__doc__",) else ():
+            found[prefix + name] = unit.lead + unit.text
+            found |= texts(unit.members, f"{prefix}{name}.")
+    return found
 
 
 class Package:
-    """The package as some chapters leave it, and who wrote which name."""
+    """The package that some cells leave, and who wrote which name."""
 
-    def __init__(self):
+    def __init__(self, cells: Iterable[Cell] = ()):
         self.modules: dict[str, Module] = {}
         self.owner: dict[tuple[str, str], str] = {}  # (path, name or Class.member) -> chapter
+        self.last: dict[str, str] = {}  # path -> the last chapter that had to do with it
         self.count: Counter[tuple[str, str]] = Counter()
+        for cell in cells:
+            self.add(cell)
 
     def add(self, cell: Cell) -> None:
         """Merge a cell; one without a directive changes nothing."""
-        target, lines = None, cell.source.split("\n")
-        for i, line in enumerate(lines):
-            if not line.startswith("#|"):
-                break
-            match = DIRECTIVE.match(line)
-            if not match or (match[1] == "export" and (target or match[3])):
-                raise cell.error(i + 1, f"not a directive: {line}")
-            if match[1] == "export":
-                target = match[2]
-            else:
-                self.remove(match[2], match[3], cell)
-        else:
-            i = len(lines)
-        if i == 0:
+        directives = cell.directives()
+        if not directives:
             return
-        try:
-            body = ast.parse(cell.source).body
-        except SyntaxError as error:
-            raise cell.error(error.lineno or 1, f"does not parse: {error.msg}") from None
-        if target is None:
-            if body:
-                raise cell.error(body[0].lineno, "a cell that only deletes holds no code")
+        units = cell.units()
+        for _, path, names, line in directives:
+            if path:
+                self.remove(path, names, cell, line)
+        path = "".join(target for target, *_ in directives)
+        if not path:
+            if units:
+                raise cell.error(units[0].node.lineno, "a cell that only deletes holds no code")
             return
-        imports = [n for n in body if isinstance(n, ast.Import | ast.ImportFrom)]
-        module = self.modules.setdefault(target, Module())
-        for node in imports:
-            add_import(
-                module, "\n".join(lines[node.lineno - 1 : node.end_lineno]), node, target, cell
-            )
-            # An import is rendered at the top: where it stood there is an empty line.
-            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
-        units = split(lines, [n for n in body if n not in imports], i)
+        module = self.modules.setdefault(path, Module())
+        imports = [unit for unit in units if isinstance(unit.node, IMPORTS)]
+        for unit in imports:
+            add_import(module, unit, path, cell)
+        units = [unit for unit in units if unit not in imports]
         if imports and units:  # what stood above the first one was an import
             units[0] = replace(units[0], gap=min(units[0].gap, 1))
         module.units = merge(module.units, units, cell)
-        for unit in units:
-            is_class = isinstance(unit.node, ast.ClassDef)
-            members = open_class(unit)[1] if is_class else []
-            names = [f"{unit.name}.{m.name}" for m in members if m.name != "__doc__"]
-            for name in names + ([] if reopens(unit) or unit.name == "__doc__" else [unit.name]):
-                self.owner[target, name] = cell.chapter
-                self.count[target, name] += 1
+        bound = {name for unit in units for name in unit.names}
+        module.imports = {k: v for k, v in module.imports.items() if bound_name(k) not in bound}
+        reopened = {unit.names[0] for unit in units if unit.reopens}
+        for name in bound - reopened:
+            self.forget(path, name)
+        for name in texts(units).keys() - reopened:
+            self.owner[path, name] = cell.chapter
+            self.count[path, name] += 1
+        self.last[path] = cell.chapter
 
-    def remove(self, path: str, names: str | None, cell: Cell) -> None:
+    def remove(self, path: str, names: list[str], cell: Cell, line: int) -> None:
         """Carry out a `delete` directive; a module that is empty afterwards goes."""
-        if path not in self.modules:
-            raise cell.error(1, f"there is no {path} to delete from")
-        if names is None:
+        module = self.modules.get(path)
+        if module is None:
+            raise cell.error(line, f"there is no {path} to delete from")
+        module.units, missing = without(module.units, names)
+        imported = {bound_name(key) for key in module.imports}
+        if missing - imported:
+            raise cell.error(line, f"there is no {min(missing - imported)} to delete")
+        module.imports = {k: v for k, v in module.imports.items() if bound_name(k) not in missing}
+        for name in names or [name for p, name in self.owner if p == path]:
+            self.forget(path, name)
+        kept = module.imports if path.endswith("__init__.py") else None  # there they are the point
+        if not names or not kept and all(u.names == ("__doc__",) for u in module.units):
             del self.modules[path]
-            return
-        for name in names.split(","):
-            delete(self.modules[path], name.strip(), cell)
-        if all(unit.name == "__doc__" for unit in self.modules[path].units):
-            del self.modules[path]
+        self.last[path] = cell.chapter
+
+    def forget(self, path: str, name: str) -> None:
+        """Drop who wrote a name, and its members if it is a class."""
+        for key in [k for k in self.owner if k[0] == path and f"{k[1]}.".startswith(f"{name}.")]:
+            del self.owner[key]
 
     def sources(self) -> dict[str, str]:
         """Path -> source of every module."""
@@ -329,24 +477,26 @@ class Package:
 
 def chapters(directory: Path = HERE) -> list[Path]:
     """The chapters' notebooks, in order."""
-    return sorted(Path(directory).glob("[0-9][0-9]_*.ipynb"))
+    paths = sorted(Path(directory).glob("[0-9][0-9]_*.ipynb"))
+    for above, below in zip(paths, paths[1:], strict=False):
+        if above.name[:2] == below.name[:2]:
+            raise TangleError(f"{above.name} and {below.name} have the same number")
+    return paths
 
 
 def cells(chapter: Path) -> list[Cell]:
     """The code cells of a chapter."""
-    notebook = json.loads(chapter.read_text(encoding="utf-8"))
-    numbered = enumerate(notebook["cells"], start=1)
+    try:
+        numbered = enumerate(json.loads(chapter.read_text(encoding="utf-8"))["cells"], start=1)
+    except (ValueError, KeyError, TypeError) as error:
+        raise TangleError(f"{chapter.name} is not a notebook: {error}") from None
     code = [(n, "".join(c["source"])) for n, c in numbered if c["cell_type"] == "code"]
     return [Cell(source, chapter.name, n) for n, source in code]
 
 
 def package(k: int, directory: Path = HERE) -> Package:
     """The package as of chapter k."""
-    result = Package()
-    for chapter in chapters(directory)[:k]:
-        for cell in cells(chapter):
-            result.add(cell)
-    return result
+    return Package(cell for chapter in chapters(directory)[:k] for cell in cells(chapter))
 
 
 def stage(k: int, directory: Path = HERE) -> dict[str, str]:
@@ -354,19 +504,25 @@ def stage(k: int, directory: Path = HERE) -> dict[str, str]:
     return package(k, directory).sources()
 
 
+def on_disk(root: Path) -> dict[str, str]:
+    """Path -> source of the package in a folder."""
+    files = Path(root, PACKAGE).rglob("*.py")
+    return {p.relative_to(root).as_posix(): p.read_text(encoding="utf-8") for p in files}
+
+
 def write(sources: dict[str, str], out: Path) -> list[str]:
     """Make the package under `out` equal to `sources`; returns the paths that changed."""
-    changed = []
-    for old in [p.relative_to(out).as_posix() for p in Path(out, PACKAGE).rglob("*.py")]:
-        if old not in sources:
-            Path(out, old).unlink()
-            changed.append(old)
-    for path, source in sources.items():
+    old = on_disk(out)
+    changed = [p for p in sorted({*old, *sources}) if old.get(p) != sources.get(p)]
+    for path in changed:
         file = Path(out, path)
-        if not file.is_file() or file.read_text(encoding="utf-8") != source:
+        # Python would trust bytecode of the same second and size, also in a child process.
+        Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)
+        if path in sources:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(source, encoding="utf-8")
-            changed.append(path)
+            file.write_text(sources[path], encoding="utf-8", newline="\n")
+        else:
+            file.unlink()
     return changed
 
 
@@ -376,16 +532,23 @@ def write_stage(k: int, out: Path, directory: Path = HERE) -> list[str]:
 
 
 def write_with_data(sources: dict[str, str], out: Path, directory: Path) -> list[str]:
-    # An `__init__.py` there must be, or an installed package of the same name would shine through.
+    """Write a package that is importable: with an `__init__.py`, and the data of the real one."""
+    # Without an `__init__.py` an installed package of the same name would shine through.
     changed = write({f"{PACKAGE}/__init__.py": "", **sources}, out)
-    for data in Path(directory).parent.glob(f"{PACKAGE}/*/"):
-        link = out / PACKAGE / data.name
-        if link.exists() or any(data.rglob("*.py")) or data.name == "__pycache__":
+    root = Path(directory).resolve().parent
+    for data in Path(root, PACKAGE).rglob("*"):
+        if not data.is_file() or data.suffix in (".py", ".pyc"):
             continue
+        # Files, not folders: code written through a linked folder would land in the repository.
+        link = Path(out, data.relative_to(root))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if link.exists():
+            continue
+        link.unlink(missing_ok=True)  # it may point to what is gone
         try:
-            link.symlink_to(data.resolve(), target_is_directory=True)
+            link.symlink_to(data)
         except OSError:
-            shutil.copytree(data, link)
+            shutil.copy(data, link)
     return changed
 
 
@@ -398,37 +561,47 @@ class Session:
 
     chapter: int
     scratch: Path
+    cells: list[Cell]  # of the chapters before, as they were at the start
     before: dict[str, str]
-    now: dict[str, str] = field(default_factory=dict)
-    executed: dict[str, str] = field(default_factory=dict)  # cell id -> source, last run last
-    names: set[str] = field(default_factory=set)  # what export cells bound in the notebook
+    now: dict[str, str]
+    executed: dict[str, Cell] = field(default_factory=dict)  # cell id -> cell, last run last
+    homes: dict[str, str] = field(default_factory=dict)  # name that an export cell bound -> path
 
 
 _session: Session | None = None
+
+
+def _shell():
+    """The running IPython."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is None:
+        raise TangleError("this works in a notebook (or IPython) only: it follows executed cells")
+    return shell
 
 
 def start(chapter: int) -> None:
     """Open a chapter: import the package as the chapters before left it, and say where we run."""
     global _session
     import torch
-    from IPython import get_ipython
 
-    if not torch.cuda.is_available():
+    shell, gpu = _shell(), torch.cuda.is_available()
+    if not gpu:
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    before = [c for p in chapters()[: chapter - 1] for c in cells(p)]
+    sources = Package(before).sources()
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if _session:
-        sys.path[:] = [path for path in sys.path if path != str(_session.scratch)]
-        get_ipython().events.unregister("post_run_cell", _record)
+        old = str(_session.scratch)
+        sys.path[:], paths = [p for p in sys.path if p != old], [p for p in paths if p != old]
+        shell.events.unregister("post_run_cell", _record)
     scratch = Path(tempfile.mkdtemp(prefix="nanovllm-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    _session = Session(chapter, scratch, before=stage(chapter - 1))
-    _session.now = _session.before
+    _session = Session(chapter, scratch, before, sources, sources)
     sys.path.insert(0, str(scratch))
-    sys.dont_write_bytecode = True  # an edit within the same second must not meet its old bytecode
-    paths = [str(scratch), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)[:])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    _renew(write_with_data(_session.before, scratch, HERE))
-    get_ipython().events.register("post_run_cell", _record)
-    gpu = torch.cuda.is_available()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(scratch), *paths])  # for child processes
+    write_with_data(sources, scratch, HERE)
+    _renew()
+    shell.events.register("post_run_cell", _record)
     device = torch.cuda.get_device_name() if gpu else f"cpu, threads: {torch.get_num_threads()}"
     print(f"package: as chapter {chapter - 1} leaves it" if chapter > 1 else "package: empty yet")
     print(f"device:  {device}")
@@ -439,67 +612,73 @@ def start(chapter: int) -> None:
 def _record(result) -> None:
     """Remember an export cell that ran well; a cell that ran before counts in its new form."""
     source = result.info.raw_cell or ""
-    if not DIRECTIVE.match(source.split("\n")[0]) or _session is None:
+    if not (source.startswith("#|") or MARK.search(source)) or _session is None:
         return
-    if result.error_before_exec is None:
-        _session.names.update(_top_names(source))  # a cell that failed half-way bound some too
+    cell = Cell(source, "this notebook, as executed", result.execution_count or 0)
+    try:
+        target = "".join(target for target, *_ in cell.directives())
+        bound = {name for node in cell.body() for name in names_of(node)}
+        if target and result.error_before_exec is None:
+            _session.homes |= dict.fromkeys(bound, target)  # a cell that fails half-way binds too
+        cell.units()
+    except TangleError as error:
+        if result.success:
+            print(f"tangle: this cell is left out: {error}", file=sys.stderr)
+        return
     if result.success:
         key = getattr(result.info, "cell_id", None) or source
         _session.executed.pop(key, None)
-        _session.executed[key] = source
+        _session.executed[key] = cell
 
 
 def checkpoint() -> None:
     """From here on `nanovllm` is the package with this chapter's executed cells in it."""
     if _session is None:
         raise TangleError("no chapter is open: call tangle.start(k) first")
-    merged = package(_session.chapter - 1)
-    for number, source in enumerate(_session.executed.values(), start=1):
-        merged.add(Cell(source, "this notebook, in the order of execution", number))
-    _session.now = merged.sources()
+    _session.now = Package([*_session.cells, *_session.executed.values()]).sources()
     changed = write_with_data(_session.now, _session.scratch, HERE)
-    _renew(changed, merged)
+    _renew()
     names = ", ".join(path.removeprefix(PACKAGE + "/") for path in changed)
     print(f"nanovllm is up to date{': ' + names if changed else ''}")
 
 
-def _renew(changed: list[str], merged: Package | None = None) -> None:
-    """Import the package afresh, and point the notebook's names at what is in it."""
-    from IPython import get_ipython
+def _home(name: str, value: object) -> tuple[str, str] | None:
+    """Where a name of the notebook comes from: a module of the package, and the name in it."""
+    if isinstance(value, ModuleType):
+        module, inside = value.__name__, ""
+    else:  # an instance has no __qualname__, and stays what it is
+        module, inside = getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
+    if isinstance(module, str) and module.split(".")[0] == PACKAGE and isinstance(inside, str):
+        if (inside or isinstance(value, ModuleType)) and "<locals>" not in inside:
+            return module, inside
+    return (dotted(_session.homes[name]), name) if name in _session.homes else None
 
-    for name in [n for n in sys.modules if n.split(".")[0] == PACKAGE]:
+
+def _renew() -> None:
+    """Import the package afresh, and point the notebook's names at what is in it."""
+    loaded = [name for name in sys.modules if name.split(".")[0] == PACKAGE]
+    for name in loaded:
         del sys.modules[name]
     importlib.invalidate_caches()
     linecache.checkcache()
-    namespace = get_ipython().user_ns
-    owner = merged.owner if merged else {}
-    homes = {name: path.removesuffix(".py").replace("/", ".") for path, name in owner}
-    ours = _session.names if _session else set()
-    for name, value in list(namespace.items()):
-        module = getattr(value, "__module__", None) or ""
-        if isinstance(value, type(sys)) and value.__name__.split(".")[0] == PACKAGE:
-            namespace[name] = importlib.import_module(value.__name__)
-        elif (
-            isinstance(module, str)
-            and module.split(".")[0] == PACKAGE
-            and hasattr(value, "__qualname__")
-        ):
-            _rebind(namespace, name, module, value.__qualname__)
-        elif name in ours and name in homes:
-            _rebind(namespace, name, homes[name], name)
-
-
-def _top_names(source: str) -> list[str]:
-    return [n for node in ast.parse(source).body for n in name_of(node, False).split(",") if n]
-
-
-def _rebind(namespace: dict, name: str, module: str, attribute: str) -> None:
-    """Point one name of the notebook at the fresh package; a name that is gone there goes here."""
-    fresh = getattr(importlib.import_module(module.removesuffix(".__init__")), attribute, None)
-    if fresh is None:
-        del namespace[name]
-    else:
-        namespace[name] = fresh
+    namespace = _shell().user_ns
+    # `_` and `_12` are the notebook's own memory of what cells displayed.
+    mine = [(n, v) for n, v in namespace.items() if n.strip("_0123456789")]
+    homes = {name: home for name, value in mine if (home := _home(name, value))}
+    fresh = {}
+    for module in {PACKAGE, *loaded, *(module for module, _ in homes.values())}:
+        try:
+            fresh[module] = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):  # something that it imports
+                raise
+    ran = {name for c in _session.executed.values() for u in c.units() for name in u.names}
+    for name, (module, inside) in homes.items():
+        try:
+            namespace[name] = attrgetter(inside)(fresh[module]) if inside else fresh[module]
+        except (KeyError, AttributeError):  # deleted; or of a cell that failed, and then it stays
+            if name in ran or name not in _session.homes:
+                del namespace[name]
 
 
 def changes() -> None:
@@ -530,22 +709,28 @@ def _diff(path: str, old: dict[str, str], new: dict[str, str]):
 
 def check(directory: Path) -> str:
     """What differs between the package on disk and the chapters; empty where nothing does."""
-    built = package(10**6, directory)
-    sources, root = built.sources(), directory.parent
-    paths = {p.relative_to(root).as_posix() for p in Path(root, PACKAGE).rglob("*.py")}
-    disk = {path: Path(root, path).read_text(encoding="utf-8") for path in paths}
-    report = ""
+    built, disk = package(10**6, directory), on_disk(directory.parent)
+    sources, report = built.sources(), ""
     for path in sorted({*sources, *disk}):
         diff = "".join(_diff(path, disk, sources))
-        if diff:
-            names = {
-                n
-                for p, n in built.owner
-                if p == path and re.search(rf"\b{n.split('.')[-1]}\b", diff)
-            }
-            who = sorted({built.owner[path, n] for n in names})
-            report += f"{path} is not what {', '.join(who) or 'the chapters'} export:\n{diff}"
+        if diff or (path in sources) != (path in disk):
+            there, here = pieces(disk.get(path, "")), pieces(sources.get(path, ""))
+            names = {name for name in {*there, *here} if there.get(name) != here.get(name)}
+            owners = {built.owner[path, n] for n in names if (path, n) in built.owner}
+            who = sorted(owners) or [built.last.get(path, "the chapters")]
+            report += f"{path} is not what {', '.join(who)} export:\n{diff}"
     return report
+
+
+def pieces(source: str) -> dict[str, str]:
+    """Name or Class.member -> its text, for a source file."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return {}
+    lines = source.split("\n")
+    units = split(lines, body, 0, len(lines))
+    return texts(unit for unit in units if not isinstance(unit.node, IMPORTS))
 
 
 def impact(k: int, directory: Path) -> str:
@@ -554,11 +739,21 @@ def impact(k: int, directory: Path) -> str:
     mine = {key for key, owner in package(k, directory).owner.items() if owner == names[k - 1].name}
     for later in range(k + 1, len(names) + 1):
         owner = package(later, directory).owner
-        gone = sorted(
-            f"{path}::{name}" for path, name in mine if owner[path, name] != names[k - 1].name
-        )
+        gone = {
+            key: owner.get(key, "") for key in sorted(mine) if owner.get(key) != names[k - 1].name
+        }
         report += f"stage {later}: {len(mine) - len(gone)} names of chapter {k} stand in it"
-        report += f"; replaced: {', '.join(gone)}\n" if gone else "\n"
+        told = [
+            f"{path}::{name} " + (f"(chapter {int(who[:2])})" if who else "(deleted)")
+            for (path, name), who in gone.items()
+        ]
+        woven = {
+            (path, name.split(".")[0])
+            for (path, name), who in owner.items()
+            if "." in name and who > names[k - 1].name
+        }
+        told += [f"{path}::{name} (reopened)" for path, name in sorted(woven & mine - {*gone})]
+        report += f"; replaced: {', '.join(told)}\n" if told else "\n"
     return report or f"no stage after chapter {k}\n"
 
 
@@ -573,12 +768,13 @@ def main() -> int:
     )
     parser.add_argument("--count", action="store_true", help="how often each name is defined")
     args = parser.parse_args()
-    for k in (args.upto, args.impact):
-        if k is not None and not 0 < k <= len(chapters()):
-            parser.error(f"there is no chapter {k}: the book has {len(chapters())}")
     if (args.upto is None) != (args.out is None):
         parser.error("--upto and --out go together")
     try:
+        last = len(chapters())
+        for k in (args.upto, args.impact):
+            if k is not None and not 0 < k <= last:
+                parser.error(f"there is no chapter {k}: the book has {last}")
         if args.upto:
             write_stage(args.upto, args.out)
         elif args.impact:
@@ -586,11 +782,13 @@ def main() -> int:
         elif args.count:
             most = package(10**6).count.most_common(20)
             print("\n".join(f"{n:3} {path}::{name}" for (path, name), n in most if n > 1))
-            return int(most[0][1] > MOST_DEFINITIONS)
+            return int(any(n > MOST_DEFINITIONS for _, n in most))
         elif args.check:
             report = check(HERE)
             print(report, end="")
             return int(bool(report))
+        elif not last:  # writing would remove the whole package
+            raise TangleError(f"there are no chapters in {HERE.name}/")
         else:
             print("\n".join(write(stage(10**6), HERE.parent)) or "nothing to change")
         return 0

@@ -89,6 +89,55 @@ def test_constants_follow_the_package(kernel):
     assert notebook.run("print(N, m.N)") == "7 7\n"
 
 
+def test_methods_empty_constants_and_equal_names_follow_their_own_module(kernel):
+    notebook = kernel()
+    notebook.run(OPEN + "\nmethod = X.f")
+    notebook.run("#| export: nanovllm/m.py\nEMPTY = None\nlogger = 'm'")
+    notebook.run("#| export: nanovllm/other.py\nlogger = 'other'")
+    notebook.run("#| export: nanovllm/m.py\nlogger = 'm again'")
+    notebook.run("tangle.checkpoint()")
+    look = "print(method is X.f, EMPTY, logger)"
+    assert notebook.run(look) == "True None m again\n"
+
+
+def test_deleted_names_and_modules_leave_the_notebook(kernel):
+    notebook = kernel()
+    notebook.run(OPEN + "\nx = X()")
+    notebook.run("#| delete: nanovllm/m.py")
+    notebook.run("tangle.checkpoint()")
+    assert notebook.run("print('X' in dir(), 'm' in dir(), x.f())") == "False False 1\n"
+
+
+def test_code_of_a_new_folder_stays_out_of_the_repository(kernel):
+    notebook = kernel()
+    package = Path(notebook.client.resources["metadata"]["path"]).parent / "nanovllm"
+    (package / "kernels/__pycache__").mkdir(parents=True)
+    notebook.run(OPEN)
+    notebook.run("#| export: nanovllm/kernels/k.py\nK = 1")
+    notebook.run("tangle.checkpoint()")
+    assert notebook.run("from nanovllm.kernels.k import K\nprint(K)") == "1\n"
+    assert not list(package.rglob("*.py"))
+
+
+def test_bytecode_of_a_child_process_is_never_stale(kernel):
+    notebook = kernel()
+    notebook.run(OPEN + "\nimport os, subprocess, sys")
+    for value in (2, 3):  # one length, and below one time of modification
+        notebook.run(EDIT.format(value))
+        notebook.run("tangle.checkpoint()\nos.utime(m.__file__, (1e9, 1e9))")
+        program = "import nanovllm.m as m; print(m.X().f())"
+        run = f"subprocess.check_output([sys.executable, '-c', {program!r}], text=True)"
+        assert notebook.run(f"print({run})").strip() == str(value)
+
+
+def test_a_cell_that_cannot_be_exported_is_left_out_at_once(kernel):
+    notebook = kernel()
+    notebook.run(OPEN)
+    assert "only imports" in notebook.run("#| export: nanovllm/m.py\nN = 6\nprint(N)")
+    notebook.run("tangle.checkpoint()")
+    assert notebook.run("print(N)") == "5\n"
+
+
 def test_two_notebooks_do_not_disturb_each_other(kernel):
     one, two = kernel(), kernel()
     for notebook, value in ((one, 10), (two, 20)):
