@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from math import ceil, floor, log10
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +79,7 @@ def measure(rounds: int, arguments: list[str]) -> dict:
 def draw(ladder: dict, path: Path) -> None:
     """One bar a chapter: the whole workload on the left, a single stream on the right."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     use_style()
     rungs, work, machine = ladder["rungs"], ladder["workload"], ladder["machine"]
@@ -91,7 +93,9 @@ def draw(ladder: dict, path: Path) -> None:
         bars = axis.barh(labels, values, color=colors, height=0.6)
         axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=4)
         axis.set(xscale="log", xlabel="output tokens/s", title=title)
-        axis.set_xlim(min(values) / 3, max(values) * 5)
+        # Whole decades, with room for the label behind the longest bar.
+        axis.set_xlim(10 ** floor(log10(min(values) / 1.5)), 10 ** ceil(log10(max(values) * 2)))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(axis="y", visible=False)
     axes[0].invert_yaxis()
     what = f"{ladder['model']}, {machine['dtype']}, {machine['device']}, torch {machine['torch']}"

@@ -4,6 +4,7 @@
 variable it tests `nanovllm/` as it stands in the repository.
 """
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -30,6 +31,8 @@ def pytest_configure(config):
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         tangle.write_stage(int(STAGE), Path(folder))
         sys.path.insert(0, folder)
+        found = importlib.util.find_spec("nanovllm").origin
+        assert found.startswith(folder), f"stage {STAGE} lies in {folder}, nanovllm is {found}"
 
 
 def pytest_report_header():
@@ -54,13 +57,44 @@ def llm():
     engine.exit()
 
 
+@pytest.fixture(scope="session")
+def make_llm():
+    """`make_llm(folder, **options)` builds an engine on the CPU in float32."""
+    from nanovllm import LLM
+
+    engines = []
+
+    def make(model: Path | None = None, **options):
+        options = {"device": "cpu", "dtype": "float32", **options}
+        engines.append(LLM(None if model is None else str(model), **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.exit()
+
+
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory):
+    """A small random checkpoint without a tokenizer, for tests that only read it."""
+    from checkpoints import save_random
+
+    return save_random(tmp_path_factory.mktemp("random"))
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """No test may change torch's defaults."""
-    before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device()
+
+    def settings():
+        return (
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.get_num_threads(),
+        )
+
+    before = settings()
     yield
-    assert (
-        torch.get_default_dtype(),
-        torch.is_grad_enabled(),
-        torch.get_default_device(),
-    ) == before
+    assert settings() == before

@@ -56,6 +56,14 @@ def test_bad_sampling_params_are_named(options, named):
         (["Hello"], [GOOD(), GOOD()], "1 prompts.*2"),
         (["Hello", "Hello"], [GOOD()], "2 prompts.*1"),
         (["Hello"], "greedy", "greedy"),
+        ([], [GOOD()], "0 prompts.*1"),
+        (["Hello", ""], None, "empty"),
+        (["Hello", [1, 1536]], None, "1536"),
+        (b"Hello", None, "Hello"),
+        ({"prompt": "Hello"}, None, "Hello"),
+        ([[[1]]], None, r"\[1\]"),
+        ([["Hello"]], None, "Hello"),
+        (None, None, "None"),
         (["Hello"], GOOD(stop_token_ids=[10**6]), str(10**6)),
     ],
 )
@@ -135,6 +143,32 @@ BREAKAGES = {
     "misshapen tensor": (
         lambda f: edit_tensors(f, lambda t: t.update({NORM: t[NORM][1:]})),
         NORM + ".*shape",
+    ),
+    "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors"),
+    "pointer in place of weights": (
+        lambda f: (f / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1"
+        ),
+        "model.safetensors",
+    ),
+    "pickle alone": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "no .*safetensors",
+    ),
+    "shard missing": (
+        lambda f: (f / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {NORM: "model-00001-of-00002.safetensors"}})
+        ),
+        "model-00001-of-00002",
+    ),
+    "broken generation config": (
+        lambda f: (f / "generation_config.json").write_text("{"),
+        "generation_config.json.*not valid JSON",
+    ),
+    "another activation": (lambda f: edit_config(f, hidden_act="gelu"), "gelu"),
+    "mixture of experts": (
+        lambda f: edit_config(f, architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe"),
+        "Qwen3MoeForCausalLM",
     ),
     "cut off": (
         lambda f: (f / "model.safetensors").write_bytes(

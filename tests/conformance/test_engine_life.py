@@ -1,6 +1,9 @@
 """An engine survives its interruptions, and several live side by side."""
 
+import random
+
 import pytest
+import torch
 
 from nanovllm import LLM, SamplingParams
 
@@ -66,9 +69,67 @@ def test_two_engines_interleave(llm):
     other.exit()
 
 
+def test_two_engines_with_different_models_take_turns(llm, random_folder, make_llm):
+    other, expected = make_llm(random_folder), []
+    for engine in (llm, other):
+        outputs = engine.generate([[5, 6, 7], [8]], GREEDY, use_tqdm=False)
+        expected.append([out["token_ids"] for out in outputs])
+    ids = [
+        [engine.add_request(prompt, GREEDY) for prompt in ([5, 6, 7], [8])]
+        for engine in (llm, other)
+    ]
+    seqs: list[dict] = [{}, {}]
+    while not (llm.is_finished() and other.is_finished()):
+        for engine, found in zip((llm, other), seqs, strict=True):
+            if not engine.is_finished():
+                found.update({seq.seq_id: seq for seq in engine.step()})
+    found = [[seqs[i][k].completion_token_ids for k in ids[i]] for i in range(2)]
+    assert found == expected
+
+
+def test_closing_a_stream_keeps_the_other_requests(llm):
+    stream = llm.stream("Hello", SamplingParams(max_tokens=50, ignore_eos=True))
+    next(stream)
+    other = llm.add_request("Once", GREEDY)
+    stream.close()
+    assert not llm.is_finished()
+    llm.abort(other)
+    assert llm.is_finished()
+
+
+def test_the_callers_random_state_is_left_alone(make_llm):
+    """Neither torch's generator nor Python's moves: sampling has no hidden state."""
+    before = torch.random.get_rng_state(), random.getstate()
+    llm = make_llm()
+    llm.generate("Hello", SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+    llm.exit()
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_gradients_work_between_the_pieces_of_a_stream(llm):
+    for _ in llm.stream("Hello", GREEDY):
+        x = torch.ones(2, requires_grad=True)
+        x.sum().backward()
+        assert x.grad is not None
+
+
+def test_a_failed_construction_leaves_the_defaults_and_the_next_engine_alone(tmp_path, make_llm):
+    with pytest.raises(ValueError):
+        make_llm(tmp_path, dtype="bfloat16")
+    assert torch.get_default_dtype() == torch.float32
+    llm = make_llm()
+    assert len(llm.generate("Hello", GREEDY, use_tqdm=False)[0]["token_ids"]) == 12
+
+
 def test_exit_twice_is_fine_and_use_after_it_is_an_error():
     llm = LLM(device="cpu")
     llm.exit()
     llm.exit()
     with pytest.raises(RuntimeError, match="exited"):
-        llm.generate("Hello")
+        llm.generate("Hello", use_tqdm=False)
+    with pytest.raises(RuntimeError, match="exited"):
+        llm.add_request("Hello")
+    with pytest.raises(RuntimeError, match="exited"):
+        list(llm.stream("Hello"))
+    assert llm.is_finished()

@@ -1,132 +1,176 @@
 """Greedy tokens equal those of Hugging Face transformers, in float32 on the CPU."""
 
+from __future__ import annotations
+
 import json
+from dataclasses import fields
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from checkpoints import SMALL, random_prompts, reference_tokens, save_random
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import SamplingParams
+from nanovllm.config import Config
 
-VOCAB = 160
-PROMPT_LENS = (1, 2, 9, 33)
-NUM_NEW = 24
-BASE = dict(
-    vocab_size=VOCAB,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
-    bos_token_id=None,
-    eos_token_id=None,
-)
-YARN = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0}
-SHAPES = {
-    "group-1-untied": dict(num_key_value_heads=4),
-    "group-2-tied": dict(tie_word_embeddings=True),
-    "group-3": dict(num_attention_heads=6, num_key_value_heads=2),
-    "group-8-one-kv-head": dict(num_attention_heads=8, num_key_value_heads=1),
-    "head-dim-not-hidden-over-heads": dict(head_dim=32),
-    "odd-sizes": dict(hidden_size=40, intermediate_size=56, head_dim=24, num_hidden_layers=2),
-    "attention-bias": dict(attention_bias=True),
-    "rope-theta-1e6": dict(rope_parameters={"rope_theta": 1e6, "rope_type": "default"}),
-    "rope-linear": dict(
-        rope_parameters={"rope_theta": 10000.0, "rope_type": "linear", "factor": 3.0}
+LENGTHS = (1, 2, 7, 33, 100)
+NUM_TOKENS = 12
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+
+
+def rope(**parameters) -> dict:
+    """A shape with these `rope_parameters`."""
+    return {"rope_parameters": {"rope_theta": 10_000.0, **parameters}}
+
+
+def yarn(**parameters) -> dict:
+    """A shape with YaRN, trained on 32 positions and stretched to 256."""
+    return rope(
+        **{"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32} | parameters
+    )
+
+
+FLAT = dict(drop=("rope_parameters",))
+OLD_YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+
+CHECKPOINTS = {
+    "one query head a key head": dict(shape=dict(num_key_value_heads=4)),
+    "groups of 2": dict(),
+    "groups of 3": dict(shape=dict(num_attention_heads=6)),
+    "groups of 8": dict(shape=dict(num_attention_heads=8, num_key_value_heads=1)),
+    "untied head": dict(shape=dict(tie_word_embeddings=False)),
+    "heads wider than hidden": dict(shape=dict(head_dim=32, num_attention_heads=6)),
+    "heads narrower than hidden": dict(shape=dict(head_dim=8)),
+    "biases": dict(shape=dict(attention_bias=True)),
+    "biases, untied, groups of 4": dict(
+        shape=dict(attention_bias=True, tie_word_embeddings=False, num_attention_heads=8)
     ),
-    "rope-yarn": dict(rope_parameters={**YARN, "original_max_position_embeddings": 32}),
-    "rope-yarn-attention-factor": dict(
-        rope_parameters={
-            **YARN,
-            "original_max_position_embeddings": 32,
-            "attention_factor": 0.8,
-            "beta_fast": 16.0,
-            "beta_slow": 2.0,
-        }
+    "odd sizes": dict(shape=dict(hidden_size=40, intermediate_size=56, head_dim=24)),
+    "one layer": dict(shape=dict(num_hidden_layers=1)),
+    "large epsilon": dict(shape=dict(rms_norm_eps=0.1)),
+    "rope_parameters": dict(shape=rope(rope_theta=500.0)),
+    "flat rope_theta": dict(**FLAT, edit=dict(rope_theta=1e6, rope_scaling=None)),
+    "flat rope_theta alone": dict(**FLAT, edit=dict(rope_theta=500)),
+    "linear": dict(shape=rope(rope_type="linear", factor=4.0)),
+    "linear, old style": dict(
+        **FLAT, edit=dict(rope_theta=1e4, rope_scaling={"type": "linear", "factor": 2.0})
     ),
-    "large-eps": dict(rms_norm_eps=0.01),
+    "yarn": dict(shape=yarn()),
+    "yarn, old style": dict(**FLAT, edit=dict(rope_theta=1e4, rope_scaling=OLD_YARN)),
+    "yarn, attention_factor": dict(shape=yarn(attention_factor=1.6)),
+    "yarn, betas": dict(shape=yarn(beta_fast=1.0, beta_slow=0.25)),
+    "yarn, mscale": dict(shape=yarn(mscale=2.0, mscale_all_dim=0.5)),
+    "yarn, not truncated": dict(shape=yarn(truncate=False)),
+    "yarn, other base": dict(shape=yarn(rope_theta=1e6, factor=4.0)),
+    "sharded": dict(max_shard_size="40KB"),
+    "float16 file": dict(dtype=torch.float16),
 }
 
 
-def save_random_model(folder, shard: bool = False, **changes) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights, no two alike and none 0 or 1, saved by transformers."""
-    torch.manual_seed(len(str(changes)))
-    model = Qwen3ForCausalLM(Qwen3Config(**{**BASE, **changes})).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            center = 1.0 if "norm" in name else 0.0
-            parameter.normal_(center, 0.3 if parameter.dim() == 1 else 0.2)
-    model.save_pretrained(folder, max_shard_size="20KB" if shard else "1GB")
-    return model
-
-
-@torch.inference_mode()
-def expected_tokens(model, prompt: list[int], num_new: int) -> list[int]:
-    """Greedy tokens by running the whole text each time; the top two must not be close."""
-    tokens = list(prompt)
-    for _ in range(num_new):
-        best, second = model(torch.tensor([tokens])).logits[0, -1].topk(2).values
-        assert best - second > 1e-4, "a bad fixture: the two best tokens are too close"
-        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
-
-
-def check(folder, model, prompt_lens=PROMPT_LENS, num_new=NUM_NEW) -> None:
-    """All prompts at once, and each alone, give the reference's tokens."""
-    generator = torch.Generator().manual_seed(1)
-    vocab = model.config.vocab_size
-    prompts = [torch.randint(vocab, (n,), generator=generator).tolist() for n in prompt_lens]
-    expected = [expected_tokens(model, prompt, num_new) for prompt in prompts]
-    llm = LLM(str(folder), dtype="float32", device="cpu")
-    params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True)
-    together = [o["token_ids"] for o in llm.generate(prompts, params, use_tqdm=False)]
-    assert together == expected
-    alone = [llm.generate(p, params, use_tqdm=False)[0]["token_ids"] for p in prompts[:2]]
-    assert alone == expected[:2]
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_random_checkpoint_gives_the_tokens_of_transformers(name, tmp_path, make_llm):
+    """Alone and in a batch of different lengths, on every kind of Qwen3 checkpoint."""
+    folder = save_random(tmp_path, **CHECKPOINTS[name])
+    prompts = random_prompts(LENGTHS, SMALL["vocab_size"])
+    expected = [reference_tokens(folder, prompt, NUM_TOKENS) for prompt in prompts]
+    assert len({t for tokens in expected for t in tokens}) > 10, "a bad fixture: too few tokens"
+    llm = make_llm(folder)
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [out["token_ids"] for out in outputs] == expected
+    alone = [llm.generate(prompt, GREEDY, use_tqdm=False)[0]["token_ids"] for prompt in prompts]
+    assert alone == expected
     llm.exit()
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_random_shape_gives_the_tokens_of_transformers(name, tmp_path):
-    check(tmp_path, save_random_model(tmp_path, **SHAPES[name]))
+def test_sharded_fixture_has_shards(tmp_path):
+    """The shard size above is small enough to split the checkpoint."""
+    save_random(tmp_path, **CHECKPOINTS["sharded"])
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
 
 
-def test_sharded_weights_give_the_tokens_of_transformers(tmp_path):
-    model = save_random_model(tmp_path, shard=True)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    check(tmp_path, model)
+def test_bundled_model_gives_the_tokens_of_transformers(llm, bundled):
+    """The story that the book prints is the one that transformers would have written."""
+    texts = ["Once upon a time", "One day, Tom and his", "The", "Lily had a red ball. She"]
+    prompts = [llm.tokenizer.encode(text) for text in texts] + random_prompts((300,), 1536)
+    expected = [reference_tokens(bundled, prompt, 24) for prompt in prompts]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [out["token_ids"] for out in outputs] == expected
 
 
-@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}])
-def test_flat_rope_theta_is_honoured(scaling, tmp_path):
-    rope = {"rope_theta": 1e6, "rope_type": "default"}
-    if scaling:
-        rope = {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}
-    model = save_random_model(tmp_path, rope_parameters=rope)
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["rope_parameters"]
-    config.update(rope_theta=1e6, rope_scaling=scaling)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    check(tmp_path, model)
+def test_second_call_and_shared_prefix_change_nothing(tmp_path, make_llm):
+    """What an engine keeps from one request to the next is not to be seen in the tokens."""
+    folder = save_random(tmp_path, dict(max_position_embeddings=1024))
+    shared, *tails = random_prompts((520, 1, 9, 40), SMALL["vocab_size"])
+    prompts = [shared, *(shared + tail for tail in tails), shared[:512], shared[:513]]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    expected = [reference_tokens(folder, prompt, 6) for prompt in prompts]
+    llm = make_llm(folder)
+    for order in (prompts, prompts, prompts[::-1]):
+        outputs = llm.generate(order, params, use_tqdm=False)
+        found = {len(p): out["token_ids"] for p, out in zip(order, outputs, strict=True)}
+        assert [found[len(prompt)] for prompt in prompts] == expected
 
 
-def test_bundled_model_gives_the_tokens_of_transformers(bundled, llm):
-    model = AutoModelForCausalLM.from_pretrained(bundled, dtype=torch.float32)
-    prompts = ["Once upon a time", "One day, Tom", "The fox", "Hello"]
-    ids = [llm.tokenizer.encode(prompt) for prompt in prompts]
-    expected = []
-    for prompt in ids:
-        out = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=48,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        expected.append(out[0, len(prompt) :].tolist())
-    params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
-    assert [o["token_ids"] for o in llm.generate(prompts, params, use_tqdm=False)] == expected
+# Values that make an engine work in small portions; an option counts where the package has it.
+TIGHT = {
+    "max_num_seqs": 2,
+    "max_num_batched_tokens": 64,
+    "kvcache_block_size": 16,
+    "num_kvcache_blocks": 24,
+    "enforce_eager": True,
+}
+OFFERED = {spec.name for spec in fields(Config)} & set(TIGHT)
+SETTINGS = [{}] + [{name: TIGHT[name]} for name in TIGHT if name in OFFERED]
+SETTINGS += [{name: TIGHT[name] for name in TIGHT if name in OFFERED}] if len(OFFERED) > 1 else []
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=lambda o: ", ".join(o) or "defaults")
+def test_tokens_do_not_depend_on_how_the_engine_portions_work(options, random_folder, make_llm):
+    """Batch size, chunk size, block size and preemption under pressure change no token."""
+    prompts = random_prompts((90, 3, 101, 1, 64, 120, 16, 77), SMALL["vocab_size"], seed=1)
+    lengths = (20, 1, 24, 40, 3, 16, 30, 12)
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
+    pairs = list(zip(prompts, lengths, strict=True))
+    expected = [reference_tokens(random_folder, prompt, length) for prompt, length in pairs]
+    llm = make_llm(random_folder, max_model_len=160, **options)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [out["token_ids"] for out in outputs] == expected
+    assert llm.is_finished()
+    llm.exit()
+
+
+def test_longest_sequence_that_the_model_admits(random_folder, make_llm):
+    """A prompt and output that fill max_model_len to the last position are right to the end."""
+    llm = make_llm(random_folder)
+    longest = SMALL["max_position_embeddings"]
+    assert llm.max_model_len == longest
+    (prompt,) = random_prompts((longest - 8,), SMALL["vocab_size"], seed=2)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    out = llm.generate(prompt, params, use_tqdm=False)[0]
+    assert out["token_ids"] == reference_tokens(random_folder, prompt, 8)
+    llm.exit()
+
+
+def test_bfloat16_runs_and_mostly_agrees(make_llm, llm):
+    """Half precision may flip a close call, and no more: most first tokens are the same."""
+    prompts = random_prompts((20,) * 12, 1536, seed=3)
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    half = make_llm(dtype="bfloat16")
+    first = [out["token_ids"] for out in half.generate(prompts, params, use_tqdm=False)]
+    exact = [out["token_ids"] for out in llm.generate(prompts, params, use_tqdm=False)]
+    half.exit()
+    assert sum(a == b for a, b in zip(first, exact, strict=True)) >= 9
+
+
+def test_dummy_weights_need_config_json_alone(tmp_path, make_llm):
+    """`load_format="dummy"` runs a shape without weights or tokenizer, the same each time."""
+    path = save_random(tmp_path / "whole") / "config.json"
+    (tmp_path / "config.json").write_text(path.read_text())
+    outputs = []
+    for _ in range(2):
+        llm = make_llm(tmp_path, load_format="dummy")
+        outputs.append(llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False))
+        llm.exit()
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0][0]["token_ids"]) == NUM_TOKENS

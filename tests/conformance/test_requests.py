@@ -1,10 +1,23 @@
 """What a request may ask for, and what it gets: sampling, stopping, streaming, batches."""
 
+import json
+import shutil
+from random import Random
+
 import pytest
 
 from nanovllm import LLM, SamplingParams
 
 PROMPTS = ["Once upon a time", "One day, Tom", "Hello", "The little fox"]
+
+
+GREEDY = dict(temperature=0, ignore_eos=True)
+
+
+def edit(path, **changes) -> None:
+    """Change fields of a JSON file, which may not be there yet."""
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(content | changes))
 
 
 def tokens(llm, prompts, params) -> list[list[int]]:
@@ -59,17 +72,34 @@ def test_stop_token_ends_the_request_and_is_kept(llm):
     assert out["token_ids"] == free[: free.index(stop) + 1] and out["finish_reason"] == "stop"
 
 
-def test_every_eos_of_the_checkpoint_ends_the_request(llm):
-    assert len(llm.model_config.eos_token_ids) >= 2
-    params = SamplingParams(temperature=0.7, seed=3, max_tokens=400)
-    out = llm.generate("Once upon a time", params, use_tqdm=False)[0]
-    assert out["finish_reason"] == "stop"
-    assert out["token_ids"][-1] in llm.model_config.eos_token_ids
-    assert not set(out["token_ids"][:-1]) & set(llm.model_config.eos_token_ids)
-    on = SamplingParams(temperature=0.7, seed=3, max_tokens=400, ignore_eos=True)
-    longer = llm.generate("Once upon a time", on, use_tqdm=False)[0]
-    assert len(longer["token_ids"]) == 400 and longer["finish_reason"] == "length"
+def test_an_eos_token_ends_the_request_unless_ignored(llm):
+    eos, hello = llm.model_config.eos_token_ids, [{"role": "user", "content": "Hello"}]
+    params = SamplingParams(temperature=0, max_tokens=100)
+    out = llm.chat(hello, params, use_tqdm=False)[0]
+    assert out["finish_reason"] == "stop" and out["token_ids"][-1] in eos
+    assert not set(out["token_ids"][:-1]) & set(eos)
+    length = len(out["token_ids"]) + 9
+    params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+    longer = llm.chat(hello, params, use_tqdm=False)[0]
+    assert len(longer["token_ids"]) == length and longer["finish_reason"] == "length"
     assert longer["token_ids"][: len(out["token_ids"])] == out["token_ids"]
+
+
+@pytest.mark.parametrize("files", ["config", "generation_config", "both", "neither"])
+def test_eos_tokens_come_from_both_files(files, random_folder, tmp_path, make_llm):
+    """A number in config.json and a list in generation_config.json, as published Qwen3 have it."""
+    shutil.copytree(random_folder, tmp_path, dirs_exist_ok=True)
+    free = tokens(make_llm(random_folder), [[5, 6, 7]], SamplingParams(**GREEDY, max_tokens=12))[0]
+    early, late = free[4], free[8]
+    assert free.index(early) == 4 and free.index(late) == 8, "a bad fixture: repeated tokens"
+    edit(tmp_path / "config.json", eos_token_id=late if files in ("config", "both") else None)
+    listed = [early, 0] if files in ("generation_config", "both") else None
+    edit(tmp_path / "generation_config.json", eos_token_id=listed)
+    llm = make_llm(tmp_path)
+    out = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)[0]
+    length = {"config": 9, "generation_config": 5, "both": 5, "neither": 12}[files]
+    assert out["token_ids"] == free[:length]
+    assert out["finish_reason"] == ("length" if files == "neither" else "stop")
 
 
 @pytest.mark.parametrize("span", [(5, 6), (3, 12), (20, 21)])
@@ -83,6 +113,43 @@ def test_stop_string_cuts_the_text_and_never_leaks(llm, span):
     assert out["text"] == free[: free.index(stop)] and out["finish_reason"] == "stop"
     pieces = [p["text"] for p in llm.stream("Once upon a time", params)]
     assert "".join(pieces) == out["text"]
+
+
+def test_the_earliest_of_several_stop_strings_cuts_the_text(llm):
+    params = SamplingParams(**GREEDY, max_tokens=40)
+    free = llm.generate("Once upon a time", params, use_tqdm=False)[0]["text"]
+    late, early = free[30:33], free[12:15]
+    for stop in ([late, early], [early, late]):
+        params = SamplingParams(**GREEDY, max_tokens=40, stop=stop)
+        out = llm.generate("Once upon a time", params, use_tqdm=False)[0]
+        assert out["text"] == free[: min(free.index(early), free.index(late))]
+
+
+def test_generation_ends_at_the_first_token_whose_text_holds_a_stop_string(llm):
+    """On wild text, with broken characters in it, and on random stop strings that span tokens."""
+    random = Random(0)
+    for seed in range(12):
+        wild = dict(temperature=2.5, seed=seed, max_tokens=30, ignore_eos=True)
+        whole = llm.generate("Caf\u00e9", SamplingParams(**wild), use_tqdm=False)[0]
+        text, ids = whole["text"], whole["token_ids"]
+        starts = [random.randrange(len(text) - 8) for _ in range(2)]
+        stop = [text[at : at + random.randint(1, 8)] for at in starts]
+        for length in range(1, len(ids) + 1):
+            expected = llm.tokenizer.decode(ids[:length], skip_special_tokens=True)
+            found = [expected.index(string) for string in stop if string in expected]
+            if found:
+                break
+        params = SamplingParams(**wild, stop=stop)
+        out = llm.generate("Caf\u00e9", params, use_tqdm=False)[0]
+        assert out["token_ids"] == ids[:length]
+        assert out["text"] == expected[: min(found)]
+        assert "".join(piece["text"] for piece in llm.stream("Caf\u00e9", params)) == out["text"]
+
+
+def test_requests_without_a_seed_differ(llm):
+    params = SamplingParams(temperature=1.5, max_tokens=20, ignore_eos=True)
+    draws = tokens(llm, ["Hello"] * 3, params) + tokens(llm, "Hello", params)
+    assert len(set(map(tuple, draws))) == 4
 
 
 @pytest.mark.parametrize("prompt", ["Once upon a time", "Caf\u00e9 \U0001f98a \u72d0\u72f8"])
@@ -100,6 +167,11 @@ def test_a_consumer_that_stops_early_leaves_nothing_behind(llm):
     next(stream)
     assert not llm.is_finished()
     stream.close()
+    assert llm.is_finished()
+
+
+def test_a_stream_that_is_never_read_leaves_nothing_behind(llm):
+    llm.stream("Hello")
     assert llm.is_finished()
 
 
