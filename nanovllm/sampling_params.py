@@ -12,11 +12,16 @@ class SamplingParams:
     temperature: float = option(1.0, "0 is greedy; higher is more varied", minimum=0)
     max_tokens: int = option(64, "stop after this many tokens", minimum=1)
     ignore_eos: bool = option(False, "go on after an end-of-sequence token")
-    top_k: int = option(0, "sample among the k likeliest tokens (0: all)", minimum=0)
+    top_k: int = option(0, "sample among the k likeliest tokens (0: all)", minimum=0, maximum=2**31)
     top_p: float = option(
         1.0, "sample among the likeliest tokens of total probability p", above=0, maximum=1
     )
-    seed: int | None = option(None, "same seed, same tokens, whatever else is in the batch")
+    seed: int | None = option(
+        None,
+        "same seed, same tokens, whatever else is in the batch",
+        minimum=-(2**63),
+        maximum=2**63 - 1,
+    )
     stop: str | list[str] | tuple[str, ...] = option((), "stop at this text; it is not returned")
     stop_token_ids: list[int] | tuple[int, ...] = option((), "stop after one of these tokens")
 

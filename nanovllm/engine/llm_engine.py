@@ -4,6 +4,7 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Iterator
+from os import PathLike, fspath
 from typing import TypedDict
 
 from nanovllm.config import Config, ModelConfig
@@ -30,8 +31,9 @@ class RequestOutput(TypedDict):
 class LLMEngine:
     """Owns the requests, and grows them one step at a time."""
 
-    def __init__(self, model: str | None = None, **options):
+    def __init__(self, model: str | PathLike | None = None, **options):
         """`model` and `options` are the fields of `Config`; a misfit raises ValueError."""
+        model = fspath(model) if isinstance(model, PathLike) else model
         self.config = Config.from_options(model=model, **options)
         folder = find_checkpoint(self.config.model)
         self.model_config = ModelConfig.from_folder(folder)
@@ -46,10 +48,19 @@ class LLMEngine:
         self.running: list[Sequence] = []
 
     def step(self) -> list[Sequence]:
-        """Run the model once; returns the sequences that gained a token."""
-        seqs = self.schedule()
-        token_ids = self.model_runner.run(seqs)
-        return self.postprocess(seqs, token_ids)
+        """Run the model once; returns the sequences that gained a token.
+
+        Whatever is raised on the way, Ctrl-C included, the engine holds no request afterwards.
+        """
+        if self.is_finished():
+            return []
+        try:
+            seqs = self.schedule()
+            token_ids = self.model_runner.run(seqs)
+            return self.postprocess(seqs, token_ids)
+        except BaseException:
+            self.reset()
+            raise
 
     def schedule(self) -> list[Sequence]:
         """The sequences of the next step: a static batch, formed once the last one is done."""
@@ -112,8 +123,7 @@ class LLMEngine:
             )
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and the checkpoint has none")
-        seed = self.seeds.getrandbits(62) if params.seed is None else params.seed
-        seq = Sequence(next(self.seq_ids), token_ids, params, seed)
+        seq = Sequence(next(self.seq_ids), token_ids, params, params.seed)
         if params.stop:
             seq.detokenizer = Detokenizer(self.tokenizer, params.stop)
         return seq
@@ -136,6 +146,8 @@ class LLMEngine:
         """Queue a checked sequence."""
         if self.model_runner is None:
             raise RuntimeError("the engine has exited: make a new one")
+        if seq.seed is None:  # drawn now, so that a request that was refused draws nothing
+            seq.seed = self.seeds.getrandbits(62)
         self.waiting.append(seq)
         return seq
 
@@ -150,8 +162,10 @@ class LLMEngine:
 
     def reset(self) -> None:
         """Forget every request, whatever state an exception left it in."""
-        self.waiting.clear()
-        self.running.clear()
+        for seq in (*self.waiting, *self.running):
+            if not seq.is_finished:
+                seq.finish("abort")
+        self.waiting, self.running = deque(), []
 
     def generate(
         self,
@@ -200,15 +214,17 @@ class LLMEngine:
         self.add(seq)
         num_tokens = num_chars = 0
         try:
-            while num_tokens == 0 or not seq.is_finished:
-                if not seq.is_finished:
+            is_last = False
+            while not is_last:
+                if not seq.is_finished:  # else another caller's steps have finished it
                     self.step()
+                is_last = seq.is_finished
                 token_ids = seq.completion_token_ids[num_tokens:]
-                if seq.is_finished:
+                if is_last:
                     text = self.output(seq)["text"][num_chars:]
                 else:
                     text = seq.detokenizer.take_ready() if seq.detokenizer else ""
-                if token_ids or seq.is_finished:
+                if token_ids or is_last:
                     yield RequestOutput(
                         text=text, token_ids=token_ids, finish_reason=seq.finish_reason
                     )

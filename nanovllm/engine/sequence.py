@@ -22,7 +22,7 @@ class Sequence:
     seq_id: int
     token_ids: list[int]
     params: SamplingParams
-    seed: int
+    seed: int | None
     num_prompt_tokens: int = field(init=False)
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: str | None = None  # "stop", "length" or "abort" once finished
