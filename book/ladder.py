@@ -2,6 +2,7 @@
 
     python book/ladder.py                       measure on this machine, then draw
     python book/ladder.py --shape qwen3-0.6b    on a published shape with random weights
+    python book/ladder.py --first 2 --workload standard     without the chapters before
     python book/ladder.py --plot-only           draw what was measured before
 
 Each run is a fresh process. The order alternates (1, 2, … K, K, … 2, 1), so that a machine whose
@@ -39,10 +40,10 @@ def titles() -> list[str]:
     return names
 
 
-def measure(rounds: int, arguments: list[str]) -> dict:
-    """Run the benchmark on every stage, `rounds` times each; medians, least and most."""
+def measure(rounds: int, first_chapter: int, arguments: list[str]) -> dict:
+    """Run the benchmark on the stages from one on, `rounds` times each; medians and extremes."""
     names = titles()
-    results: dict[int, list[dict]] = {k: [] for k in range(1, len(names) + 1)}
+    results: dict[int, list[dict]] = {k: [] for k in range(first_chapter, len(names) + 1)}
     with tempfile.TemporaryDirectory() as folder:
         stages = {k: Path(folder) / str(k) for k in results}
         for k, out in stages.items():
@@ -59,7 +60,7 @@ def measure(rounds: int, arguments: list[str]) -> dict:
                 results[k].append(json.loads(run.stdout))
                 rate = results[k][-1]["output_tokens_per_s"]
                 print(f"round {number + 1}, chapter {k}: {rate:,.0f} tokens/s", flush=True)
-    first = results[1][0]
+    first = results[first_chapter][0]
     rungs = []
     for k, runs in results.items():
         spread = {name: [run[name] for run in runs] for name in FIGURES}
@@ -86,7 +87,7 @@ def draw(ladder: dict, path: Path) -> None:
     labels = [f"{rung['chapter']} {rung['title']}" for rung in rungs]
     height = 1.5 + 0.45 * len(rungs)
     figure, axes = plt.subplots(1, 2, figsize=(8, height), sharey=True)
-    requests = f"{work['num_requests']} requests, {work['output_tokens']:,} output tokens"
+    requests = f"{work['num_requests']} requests together"
     for axis, key, title in zip(axes, RATES, (requests, "one request alone"), strict=False):
         values = [rung[key] for rung in rungs]
         colors = [chapter_color(rung["chapter"]) for rung in rungs]
@@ -99,7 +100,8 @@ def draw(ladder: dict, path: Path) -> None:
         axis.grid(axis="y", visible=False)
     axes[0].invert_yaxis()
     what = f"{ladder['model']}, {machine['dtype']}, {machine['device']}, torch {machine['torch']}"
-    figure.supxlabel(f"{what}; median of {ladder['rounds']} runs", color=SOFT, fontsize=9)
+    how = f"{work['output_tokens']:,} output tokens, median of {ladder['rounds']} runs"
+    figure.supxlabel(f"{what}; {how}", color=SOFT, fontsize=9)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
 
@@ -108,6 +110,7 @@ def main() -> None:
     """Measure and draw."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="runs of each stage (default: 3)")
+    parser.add_argument("--first", type=int, default=1, help="the first chapter (default: 1)")
     parser.add_argument("--workload", default="small", help="standard or small (default: small)")
     parser.add_argument("--shape", help="a published shape with random weights, e.g. qwen3-0.6b")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
@@ -117,9 +120,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if not 1 <= args.first <= len(titles()):
+        parser.error(f"--first must be a chapter from 1 to {len(titles())}")
     if not args.plot_only:
         arguments = ["--workload", args.workload, "--device", args.device]
-        ladder = measure(args.rounds, arguments + (["--shape", args.shape] if args.shape else []))
+        arguments += ["--shape", args.shape] if args.shape else []
+        ladder = measure(args.rounds, args.first, arguments)
         args.out.parent.mkdir(exist_ok=True)
         args.out.write_text(json.dumps(ladder, indent=1) + "\n", encoding="utf-8")
     draw(json.loads(args.out.read_text(encoding="utf-8")), args.figure)

@@ -143,6 +143,8 @@ def bench(args: argparse.Namespace) -> None:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
     if args.shape is not None and args.shape not in SHAPES:
         raise ValueError(f"--shape must be one of {', '.join(SHAPES)}, got {args.shape!r}")
+    if args.shape is not None and "model" in args:
+        raise ValueError("--shape and --model can't be given together")
     if args.stage is not None:
         raise SystemExit(run_stage(args.stage))
     run(args.workload, args.shape, args.repeats, args.json, take(args, Config))
@@ -171,6 +173,7 @@ def main() -> int:
     args = make_parser().parse_args()
     try:
         {"generate": generate, "chat": chat, "bench": bench}[args.command](args)
+        print(end="", flush=True)  # what does not fit on a disk shows here at the latest
         return 0
     except (ValueError, RuntimeError) as error:
         print(f"nanovllm: error: {error}", file=sys.stderr)
@@ -178,9 +181,12 @@ def main() -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away
+    except OSError as error:  # nobody takes our output any more: its reader left, a disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"nanovllm: error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ def measure(llm: LLM, workload: Workload, repeats: int) -> dict:
 
 
 def seconds(llm: LLM, prompts: list, params: SamplingParams | list[SamplingParams]) -> float:
-    """How long a call of `generate` takes."""
+    """How long a call of `generate` takes on an engine that keeps nothing of earlier calls."""
+    llm.reset()
     start = perf_counter()
     llm.generate(prompts, params, use_tqdm=False)
     return perf_counter() - start
@@ -162,23 +163,37 @@ def spread(repeats: int, measurement: Callable[[], float]) -> dict[str, float]:
 
 
 def floor_seconds(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> float:
-    """The least time that the hardware needs for the workload, all requests decoding at once.
+    """The least time that the hardware needs for the workload, whatever the engine.
 
-    Each step reads every weight once; each token reads the keys and values before it once; each
-    prompt token costs two operations a weight. The ceilings are measured on this machine.
+    Every token but the last of each request is run once, and sees those before it; each output
+    token takes the head once. All requests decode at once: as many steps as the longest has output
+    tokens, each reading all weights, and each token the keys and values before it. Operations and
+    bytes may overlap, so the longer of the two counts. The rates are measured on this machine.
     """
-    config, weights = llm.model_config, list(llm.model_runner.model.parameters())
-    weight_bytes = sum(w.numel() * w.element_size() for w in weights)
-    num_weights = sum(w.numel() for w in weights)
-    if not config.tie_word_embeddings:  # a step reads a row of the embedding, not the table
-        weight_bytes -= config.vocab_size * config.hidden_size * weights[0].element_size()
-    kv_bytes = kv_bytes_per_token(config, weights[0].element_size())
-    read = weight_bytes * max(p.max_tokens for p in params)
+    config, lm_head = llm.model_config, llm.model_runner.model.lm_head.weight
+    flops = read = 0
     for prompt, p in zip(prompts, params, strict=True):
-        read += kv_bytes * sum(range(len(prompt), len(prompt) + p.max_tokens))
-    flops = 2 * num_weights * sum(map(len, prompts))
-    bandwidth, flop_rate = ceilings(weights[0].device, weights[0].dtype)
-    return read / bandwidth + flops / flop_rate
+        num_tokens = len(prompt) + p.max_tokens - 1
+        flops += layer_flops(config, num_tokens, num_tokens * (num_tokens + 1) // 2)
+        flops += 2 * lm_head.numel() * p.max_tokens
+        read += sum(range(len(prompt) + 1, num_tokens + 1))  # decode steps
+    read *= kv_bytes_per_token(config, lm_head.element_size())
+    num_weights = layer_flops(config, 1, 0) // 2 + lm_head.numel()
+    read += num_weights * lm_head.element_size() * max(p.max_tokens for p in params)
+    bandwidth, flop_rate = ceilings(lm_head.device, lm_head.dtype)
+    return max(read / bandwidth, flops / flop_rate)
+
+
+def layer_flops(config: ModelConfig, num_tokens: int, num_pairs: int) -> int:
+    """Operations of the layers for so many tokens, which see so many tokens in all.
+
+    Two for each weight of a matrix and each token; four for each pair of tokens, one of which sees
+    the other, and each channel of each query head.
+    """
+    q_size = config.num_attention_heads * config.head_dim
+    kv_size = config.num_key_value_heads * config.head_dim
+    matrices = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
+    return config.num_hidden_layers * (2 * num_tokens * matrices + 4 * num_pairs * q_size)
 
 
 def kv_bytes_per_token(config: ModelConfig, element_size: int) -> int:

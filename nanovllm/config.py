@@ -1,12 +1,12 @@
 """The engine's options (`Config`) and a checkpoint's shape (`ModelConfig`)."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 
-from nanovllm.utils.options import check_options, option, reject_unknown
+from nanovllm.utils.options import check_options, matches, option, reject_unknown
 
 DTYPES = {
     "float32": torch.float32,
@@ -27,7 +27,14 @@ class Config:
         "auto", "dummy: random weights, from config.json alone", choices=("auto", "dummy")
     )
     seed: int | None = option(None, "seed for requests that bring none", minimum=0)
-    max_num_seqs: int = option(64, "most sequences that run at once", minimum=1)
+    max_num_seqs: int = option(512, "most sequences that run at once", minimum=1)
+    max_num_batched_tokens: int = option(16384, "most tokens in a step", minimum=1)
+    kvcache_block_size: int = option(256, "tokens in a block of the cache", minimum=1)
+    num_kvcache_blocks: int = option(-1, "blocks in the cache; -1: all that fit", minimum=-1)
+    gpu_memory_utilization: float = option(
+        0.9, "share of the GPU's memory that the engine may fill", above=0, maximum=1
+    )
+    enable_prefix_caching: bool = option(True, "reuse what equal beginnings have in the cache")
 
     def __post_init__(self):
         check_options(self)
@@ -58,6 +65,17 @@ class Config:
         return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
 
 
+ROPE_NUMBERS = (
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The shape of a Qwen3 model, as its checkpoint's config.json states it."""
@@ -77,38 +95,70 @@ class ModelConfig:
     rope_scaling: dict = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
 
+    def __post_init__(self):
+        check_options(self)
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            if spec.type in (int, float) and value <= 0:
+                raise ValueError(f"{spec.name} must be greater than 0, got {value}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {self.head_dim}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads="
+                f"{self.num_key_value_heads}, got {self.num_attention_heads}"
+            )
+        scaling = self.rope_scaling
+        is_linear = scaling.get("rope_type", scaling.get("type")) == "linear"
+        for name in ROPE_NUMBERS:
+            value = scaling.get(name)
+            if value is None and not (name == "factor" and is_linear):
+                continue
+            if not matches(value, (float,)) or not 0 < value < torch.inf:
+                raise ValueError(f"RoPE's {name} must be a number above 0, got {value!r}")
+
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
         """Read config.json and generation_config.json; ValueError for what is not a Qwen3."""
-        raw = read_json(folder / "config.json")
-        if not raw:
+        path = folder / "config.json"
+        if not path.is_file():
             raise ValueError(f"{folder} has no config.json")
-        architectures = raw.get("architectures") or [f"model_type {raw.get('model_type')!r}"]
-        if raw.get("model_type") != "qwen3" or architectures != ["Qwen3ForCausalLM"]:
-            raise ValueError(
-                f"{folder} holds {architectures[0]}; this engine runs Qwen3ForCausalLM"
-            )
-        if raw.get("use_sliding_window"):
-            raise ValueError(f"{folder}: use_sliding_window=true is not supported")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"{folder}: hidden_act={raw['hidden_act']!r} is not supported")
+        raw = read_json(path)
+        required = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        for name, value in required.items():
+            if raw.get(name) != value:
+                raise ValueError(f"{path}: {name} is {raw.get(name)!r}, this engine runs {value!r}")
+        plain = {"use_sliding_window": False, "hidden_act": "silu", "quantization_config": None}
+        for name, value in plain.items():
+            if raw.get(name) not in (None, value):
+                raise ValueError(f"{path}: {name}={raw[name]!r} is not supported")
         values = {name: raw[name] for name in cls.__slots__ if name in raw}
         values.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
         values.setdefault("head_dim", 128)
         # Since transformers 5 the base and the scaling live together in `rope_parameters`;
         # older checkpoints have a flat `rope_theta` and a `rope_scaling` that may be null.
-        rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+        rope = {}
+        for name in ("rope_scaling", "rope_parameters"):
+            if not isinstance(raw.get(name) or {}, dict):
+                raise ValueError(f"{path}: {name} must be an object, got {raw[name]!r}")
+            rope |= raw.get(name) or {}
         values["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
         values["rope_scaling"] = rope
-        generation = read_json(folder / "generation_config.json")
-        eos = [raw.get("eos_token_id"), generation.get("eos_token_id")]
-        eos = [e for entry in eos for e in (entry if isinstance(entry, list) else [entry])]
-        values["eos_token_ids"] = tuple(sorted({e for e in eos if e is not None}))
+        generation, eos = folder / "generation_config.json", set()
+        for file, content in ((path, raw), (generation, read_json(generation))):
+            found = content.get("eos_token_id")
+            found = found if isinstance(found, list) else [found]
+            if not all(e is None or type(e) is int for e in found):
+                raise ValueError(f"{file}: eos_token_id must be integers, got {found!r}")
+            eos.update(found)
+        values["eos_token_ids"] = tuple(sorted(eos - {None}))
         try:
             return cls(**values)
         except TypeError as error:
             missing = str(error).split("argument", 1)[-1].lstrip("s: ")
-            raise ValueError(f"{folder / 'config.json'} does not say {missing}") from None
+            raise ValueError(f"{path} does not say {missing}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def read_json(path: Path) -> dict:
@@ -116,6 +166,9 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {content!r:.40}")
+    return content

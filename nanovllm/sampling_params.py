@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from nanovllm.utils.options import check_options, option
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request chooses its tokens, and when it stops. A misfit raises ValueError."""
+    """How one request chooses its tokens, and when it stops; frozen once checked.
+
+    A misfit raises ValueError.
+    """
 
     temperature: float = option(1.0, "0 is greedy; higher is more varied", minimum=0)
     max_tokens: int = option(64, "stop after this many tokens", minimum=1)
@@ -27,9 +30,12 @@ class SamplingParams:
 
     def __post_init__(self):
         check_options(self)
-        self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop must hold non-empty strings, got {self.stop!r}")
-        self.stop_token_ids = tuple(self.stop_token_ids)
-        if not all(type(token_id) is int for token_id in self.stop_token_ids):
-            raise ValueError(f"stop_token_ids must hold integers, got {self.stop_token_ids!r}")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop must hold non-empty strings, got {stop!r}")
+        stop_token_ids = tuple(self.stop_token_ids)
+        if not all(type(token_id) is int for token_id in stop_token_ids):
+            raise ValueError(f"stop_token_ids must hold integers, got {stop_token_ids!r}")
+        # A frozen class sets its own fields this way.
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)

@@ -55,7 +55,9 @@ def test_stop_may_be_given_again():
         ["generate", "Hi", "--top-p", "1.5"],
         ["generate", "Hi", "--model", "./nowhere"],
         ["generate", "Hi", "--device", "tpu"],
+        ["generate", b"\xff"],
         ["bench", "--shape", "qwen9"],
+        ["bench", "--shape", "qwen3-0.6b", "--model", "x"],
         ["bench", "--repeats", "0"],
         ["bench", "--stage", "77"],
     ],
@@ -97,6 +99,21 @@ def test_a_reader_that_goes_away_is_no_error():
         command, shell=True, env=ENVIRONMENT, capture_output=True, text=True, timeout=100
     )
     assert "Traceback" not in ran.stderr and ran.stdout == "Once "[: len(ran.stdout)]
+
+
+FULL = Path("/dev/full")  # a disk without room, on Linux
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("command", ["generate Once", "bench --json --repeats 1 --device cpu"])
+def test_a_full_disk_is_one_clear_line_and_status_1(command):
+    command = [sys.executable, "-m", "nanovllm", *command.split()]
+    with FULL.open("w") as full:
+        ran = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, timeout=100
+        )
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("nanovllm: error: ") and ran.stderr.count("\n") == 1
 
 
 def test_chat_answers_each_line_and_ends_with_the_input():

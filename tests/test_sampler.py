@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from nanovllm.layers import sampler
 from nanovllm.layers.sampler import Sampler, SamplingTensors, exponential_noise, keep_top_k_top_p
 
 
@@ -38,6 +39,13 @@ def test_noise_is_exponential_along_every_axis(axis):
     steps = torch.arange(1, n + 1, dtype=torch.float64) / n
     distance = (-torch.expm1(-values.double().sort().values) - steps).abs().max()
     assert distance < 1.95 / n**0.5
+
+
+@pytest.mark.parametrize("bits", [0, 1, sampler.MASK32 - 1, sampler.MASK32])
+def test_noise_is_finite_and_positive_for_every_hash(monkeypatch, bits):
+    monkeypatch.setattr(sampler, "mix32", lambda x: torch.full_like(x, bits))
+    values = noise(3, 7, 10)
+    assert values.isfinite().all() and (values > 0).all()
 
 
 def test_neighbouring_rows_are_independent():
@@ -81,7 +89,7 @@ def test_filter_keeps_what_transformers_keeps(top_k, top_p):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+@pytest.mark.parametrize("temperature", [1e-40, 1e-38, 1e-6, 1e6])
 def test_extreme_temperatures_draw_real_tokens(temperature):
     logits = torch.randn(64, 50)
     chosen = Sampler()(logits, sampling(64, temperature=temperature, top_p=0.99))

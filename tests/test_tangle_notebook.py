@@ -35,7 +35,8 @@ def kernel(tmp_path):
     """Makes kernels over a book with one chapter: `nanovllm.m` with a class X."""
     folder = tmp_path / "chapters"
     folder.mkdir()
-    shutil.copy(ROOT / "chapters/tangle.py", folder)
+    for file in (ROOT / "chapters").glob("*.py"):
+        shutil.copy(file, folder)
     source = "#| export: nanovllm/m.py\nclass X:\n    def f(self):\n        return 1\n\n\nN = 5"
     first = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     nbformat.write(first, folder / "01_first.ipynb")

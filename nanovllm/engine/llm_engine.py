@@ -2,7 +2,6 @@
 
 import itertools
 import random
-from collections import deque
 from collections.abc import Iterator
 from os import PathLike, fspath
 from typing import TypedDict
@@ -11,7 +10,8 @@ from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.progress import Progress
-from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import find_checkpoint
 from nanovllm.utils.tokenizer import load_tokenizer
@@ -20,12 +20,22 @@ Prompt = str | list[int]
 Messages = list[dict[str, str]]
 
 
+class RequestMetrics(TypedDict):
+    """What became of one request; times in seconds, None where too few tokens came."""
+
+    time_to_first_token: float | None  # since the request was added
+    time_per_output_token: float | None  # the mean, of those after the first
+    num_cached_tokens: int  # prompt tokens that the prefix cache saved
+    num_preemptions: int
+
+
 class RequestOutput(TypedDict):
     """What `generate` returns for one prompt; `stream` yields it in pieces."""
 
     text: str
     token_ids: list[int]
     finish_reason: str | None
+    metrics: RequestMetrics  # in a stream: of the last piece
 
 
 class LLMEngine:
@@ -44,68 +54,33 @@ class LLMEngine:
         self.tokenizer = load_tokenizer(folder)
         self.seeds = random.Random(self.config.seed)
         self.seq_ids = itertools.count()
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.num_blocks = self.model_runner.num_blocks
+        eos_token_ids = self.model_config.eos_token_ids
+        self.scheduler = Scheduler(self.config, self.num_blocks, eos_token_ids)
 
     def step(self) -> list[Sequence]:
         """Run the model once; returns the sequences that gained a token.
 
         Whatever is raised on the way, Ctrl-C included, the engine holds no request afterwards.
         """
+        self.check_alive()
         if self.is_finished():
             return []
         try:
-            seqs = self.schedule()
+            seqs = self.scheduler.schedule()
             token_ids = self.model_runner.run(seqs)
-            return self.postprocess(seqs, token_ids)
+            return self.scheduler.postprocess(seqs, token_ids)
         except BaseException:
             self.reset()
             raise
 
-    def schedule(self) -> list[Sequence]:
-        """The sequences of the next step: a static batch, formed once the last one is done."""
-        if not self.running:
-            while self.waiting and len(self.running) < self.config.max_num_seqs:
-                self.running.append(self.waiting.popleft())
-                self.running[-1].status = SequenceStatus.RUNNING
-        return self.running
-
-    def postprocess(self, seqs: list[Sequence], token_ids: list[int]) -> list[Sequence]:
-        """Append the sampled tokens; returns the sequences that were still unfinished."""
-        grown = [seq for seq in seqs if not seq.is_finished]
-        for seq, token_id in zip(seqs, token_ids, strict=True):
-            if seq.is_finished:
-                continue  # it keeps its place in the batch, and what it computes is thrown away
-            seq.num_computed_tokens = seq.num_tokens
-            seq.append_token(token_id)
-            self.finish_if_done(seq)
-        self.drop_finished()
-        return grown
-
-    def drop_finished(self) -> None:
-        """Let go of the requests that are done; a running batch leaves as a whole."""
-        self.waiting = deque(seq for seq in self.waiting if not seq.is_finished)
-        if all(seq.is_finished for seq in self.running):
-            self.running = []
-
     def is_finished(self) -> bool:
         """True when no request is left."""
-        return not self.waiting and not self.running
-
-    def finish_if_done(self, seq: Sequence) -> None:
-        """Finish a sequence whose newest token ends it."""
-        params, token_id, detokenizer = seq.params, seq.last_token, seq.detokenizer
-        is_eos = token_id in self.model_config.eos_token_ids and not params.ignore_eos
-        if detokenizer is not None:
-            detokenizer.append(token_id)
-            is_eos = is_eos or detokenizer.has_stopped
-        if is_eos or token_id in params.stop_token_ids:
-            seq.finish("stop")
-        elif seq.num_completion_tokens == params.max_tokens:
-            seq.finish("length")
+        return self.scheduler.is_finished()
 
     def make_sequence(self, prompt: Prompt, params: SamplingParams | None = None) -> Sequence:
         """A checked request that nothing has been done for yet; ValueError for a bad one."""
+        self.check_alive()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
@@ -116,11 +91,7 @@ class LLMEngine:
                 raise ValueError(f"token id {token_id!r} is outside the vocabulary of {vocab_size}")
         if not token_ids:
             raise ValueError("the prompt is empty: give at least one token")
-        if len(token_ids) + params.max_tokens > self.max_model_len:
-            raise ValueError(
-                f"a prompt of {len(token_ids)} tokens and max_tokens={params.max_tokens} exceed "
-                f"max_model_len={self.max_model_len}"
-            )
+        self.check_length(len(token_ids), params.max_tokens)
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and the checkpoint has none")
         seq = Sequence(next(self.seq_ids), token_ids, params, params.seed)
@@ -128,11 +99,22 @@ class LLMEngine:
             seq.detokenizer = Detokenizer(self.tokenizer, params.stop)
         return seq
 
+    def check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """ValueError for a request that can't be brought to its end."""
+        num_tokens = num_prompt_tokens + max_tokens
+        asked = f"a prompt of {num_prompt_tokens} tokens and max_tokens={max_tokens} exceed"
+        if num_tokens > self.max_model_len:
+            raise ValueError(f"{asked} max_model_len={self.max_model_len}")
+        size = self.config.kvcache_block_size
+        if num_tokens > self.num_blocks * size:
+            raise ValueError(f"{asked} the cache of {self.num_blocks} blocks of {size} tokens")
+
     def encode(self, prompt: Prompt) -> list[int]:
         """The prompt's token ids, in a list of its own."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the checkpoint has no tokenizer: give token ids, not text")
+            prompt.encode()  # UnicodeEncodeError, a ValueError, for what is no Unicode text
             return self.tokenizer.encode(prompt)
         if not isinstance(prompt, list | tuple):
             raise ValueError(f"a prompt is text or a list of token ids, got {prompt!r}")
@@ -144,28 +126,28 @@ class LLMEngine:
 
     def add(self, seq: Sequence) -> Sequence:
         """Queue a checked sequence."""
-        if self.model_runner is None:
-            raise RuntimeError("the engine has exited: make a new one")
+        self.check_alive()
         if seq.seed is None:  # drawn now, so that a request that was refused draws nothing
             seq.seed = self.seeds.getrandbits(62)
-        self.waiting.append(seq)
+        self.scheduler.add(seq)
         return seq
 
     def abort(self, seq_id: int) -> None:
         """Forget an unfinished request; ValueError for an id that is not in the engine."""
-        for seq in (*self.waiting, *self.running):
-            if seq.seq_id == seq_id and not seq.is_finished:
-                seq.finish("abort")
-                self.drop_finished()
-                return
-        raise ValueError(f"request {seq_id} is not in the engine")
+        self.scheduler.abort(seq_id)
+
+    def check_alive(self) -> None:
+        """Raise a RuntimeError after `exit`."""
+        if self.model_runner is None:
+            raise RuntimeError("the engine has exited: make a new one")
 
     def reset(self) -> None:
-        """Forget every request, whatever state an exception left it in."""
-        for seq in (*self.waiting, *self.running):
-            if not seq.is_finished:
-                seq.finish("abort")
-        self.waiting, self.running = deque(), []
+        """Forget every request, whatever state an exception left it in: all blocks are free."""
+        self.scheduler.reset()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what is kept of earlier requests, for example after the weights have changed."""
+        self.scheduler.block_manager.reset_prefix_cache()
 
     def generate(
         self,
@@ -219,16 +201,18 @@ class LLMEngine:
                 if not seq.is_finished:  # else another caller's steps have finished it
                     self.step()
                 is_last = seq.is_finished
-                token_ids = seq.completion_token_ids[num_tokens:]
                 if is_last:
-                    text = self.output(seq)["text"][num_chars:]
+                    piece = self.output(seq)
+                    piece["text"] = piece["text"][num_chars:]
                 else:
                     text = seq.detokenizer.take_ready() if seq.detokenizer else ""
-                if token_ids or is_last:
-                    yield RequestOutput(
-                        text=text, token_ids=token_ids, finish_reason=seq.finish_reason
-                    )
-                num_tokens, num_chars = num_tokens + len(token_ids), num_chars + len(text)
+                    token_ids = seq.completion_token_ids
+                    piece = RequestOutput(text=text, token_ids=token_ids, finish_reason=None)
+                piece["token_ids"] = piece["token_ids"][num_tokens:]
+                if piece["token_ids"] or is_last:
+                    yield piece
+                num_chars += len(piece["text"])
+                num_tokens += len(piece["token_ids"])
         except GeneratorExit:
             if not seq.is_finished:
                 self.abort(seq.seq_id)
@@ -244,7 +228,8 @@ class LLMEngine:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list, through the checkpoint's chat template."""
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        first = messages[0] if isinstance(messages, list | tuple) and messages else None
+        conversations = messages if isinstance(first, list | tuple) else [messages]
         prompts = [self.apply_chat_template(conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -252,9 +237,11 @@ class LLMEngine:
         """The token ids of a conversation, up to where the assistant's answer begins."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise ValueError("the checkpoint has no chat template")
+        check_messages(messages)
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
+        text.encode()  # as in `encode`
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def output(self, seq: Sequence) -> RequestOutput:
@@ -266,12 +253,43 @@ class LLMEngine:
             text = self.tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=True)
         else:
             text = ""
-        return RequestOutput(text=text, token_ids=token_ids, finish_reason=seq.finish_reason)
+        return RequestOutput(
+            text=text,
+            token_ids=token_ids,
+            finish_reason=seq.finish_reason,
+            metrics=self.metrics(seq),
+        )
+
+    def metrics(self, seq: Sequence) -> RequestMetrics:
+        """What became of a request."""
+        first = last = None
+        if seq.first_token_time is not None:
+            first = seq.first_token_time - seq.arrival_time
+        if seq.num_completion_tokens > 1:
+            last = seq.last_token_time - seq.first_token_time
+            last /= seq.num_completion_tokens - 1
+        return RequestMetrics(
+            time_to_first_token=first,
+            time_per_output_token=last,
+            num_cached_tokens=seq.num_hit_tokens,
+            num_preemptions=seq.num_preemptions,
+        )
 
     def exit(self) -> None:
         """Give the model and its memory back; a second call does nothing."""
         self.reset()
         self.model_runner = None
+
+
+def check_messages(messages: Messages) -> None:
+    """ValueError unless these are messages with a role and a content."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(f"a conversation is a list of messages, got {messages!r}")
+    for message in messages:
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise ValueError(f"a message is a dict of two texts, role and content; got {message!r}")
 
 
 def as_prompt_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
@@ -280,6 +298,6 @@ def as_prompt_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
         return [prompts]
     if not isinstance(prompts, list | tuple):
         raise ValueError(f"prompts must be text, token ids or a list of these, got {prompts!r}")
-    if prompts and all(type(item) is int for item in prompts):
+    if prompts and isinstance(prompts[0], int):
         return [list(prompts)]
     return list(prompts)

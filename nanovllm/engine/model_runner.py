@@ -1,9 +1,10 @@
 """Runs the model: sequences in, one new token for each out."""
 
 from contextlib import contextmanager
-from itertools import accumulate
+from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,6 +36,17 @@ def default_dtype(dtype: torch.dtype):
 Prepared = tuple[torch.Tensor, torch.Tensor, Context]
 
 
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """torch.zeros; on a CPU no page of it takes memory before it is used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    data = np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(data).view(dtype).view(shape)
+
+
+CPU_CACHE_BYTES = 2**30  # for a larger cache on a CPU set num_kvcache_blocks
+
+
 class ModelRunner:
     """Owns the model, its device and its memory."""
 
@@ -49,6 +61,7 @@ class ModelRunner:
         else:
             load_model(self.model, folder)
         self.sampler = Sampler()
+        self.allocate_kv_cache(config)
 
     @torch.inference_mode()
     def run(self, seqs: list[Sequence]) -> list[int]:
@@ -60,7 +73,9 @@ class ModelRunner:
 
     def forward(self, seqs: list[Sequence]) -> torch.Tensor:
         """Logits of each sequence's next token, [num_seqs, vocab_size]."""
-        is_prefill = seqs[0].num_computed_tokens == 0
+        is_prefill = any(
+            seq.num_computed_tokens == 0 or len(seq) - seq.num_computed_tokens > 1 for seq in seqs
+        )
         prepare = self.prepare_prefill if is_prefill else self.prepare_decode
         input_ids, positions, context = prepare(seqs)
         with set_context(context):
@@ -88,37 +103,88 @@ class ModelRunner:
         return pinned.to(self.device, non_blocking=True)
 
     def prepare_prefill(self, seqs: list[Sequence]) -> Prepared:
-        """A new batch: all tokens of all prompts, one after another."""
-        self.allocate_kv_cache(seqs)
-        cu_seqlens = [0, *accumulate(len(seq) for seq in seqs)]
-        positions = [position for seq in seqs for position in range(len(seq))]
-        slots = [row * self.row_len + i for row, seq in enumerate(seqs) for i in range(len(seq))]
-        context = Context(slot_mapping=self.tensor(slots), cu_seqlens=cu_seqlens)
-        input_ids = self.tensor([token_id for seq in seqs for token_id in seq.token_ids])
-        return input_ids, self.tensor(positions), context
+        """The scheduled tokens, sequence after sequence, those that bring one token first."""
+        input_ids, positions, slots, cu_seqlens, context_lens = [], [], [], [0], []
+        for seq in seqs:
+            start = seq.num_computed_tokens
+            stop = start + seq.num_scheduled_tokens
+            input_ids += seq.token_ids[start:stop]
+            positions += range(start, stop)
+            slots += self.slots(seq, start, stop)
+            cu_seqlens.append(cu_seqlens[-1] + stop - start)
+            context_lens.append(stop)
+        num_decodes = sum(seq.num_scheduled_tokens == 1 for seq in seqs)
+        context = Context(
+            slot_mapping=self.tensor(slots),
+            block_tables=self.block_tables(seqs),
+            context_lens=context_lens,
+            mask=self.decode_mask(context_lens[:num_decodes]) if num_decodes else None,
+            num_decodes=num_decodes,
+            cu_seqlens=cu_seqlens,
+        )
+        return self.tensor(input_ids), self.tensor(positions), context
 
-    def allocate_kv_cache(self, seqs: list[Sequence]) -> None:
-        """A row for each sequence of a batch, each as long as the longest may become."""
-        self.kv_cache = None  # the last batch's cache goes first
-        self.row_len = max(seq.num_prompt_tokens + seq.params.max_tokens for seq in seqs)
+    def slots(self, seq: Sequence, start: int, stop: int) -> list[int]:
+        """The slots of a sequence's tokens `start` … `stop - 1`; -1 for one that has been kept."""
+        size, kept = self.block_size, seq.num_cached_tokens
+        return [
+            seq.block_table[i // size] * size + i % size if i >= kept else -1
+            for i in range(start, stop)
+        ]
+
+    def block_tables(self, seqs: list[Sequence]) -> torch.Tensor:
+        """The sequences' block tables, [num_seqs, max_blocks] int64, padded with 0."""
+        width = max(len(seq.block_table) for seq in seqs)
+        return self.tensor([seq.block_table + [0] * (width - len(seq.block_table)) for seq in seqs])
+
+    def allocate_kv_cache(self, config: Config) -> None:
+        """The pool: `num_blocks` blocks, and one more that takes what nobody keeps."""
+        self.block_size = config.kvcache_block_size
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         heads = (self.model_config.num_key_value_heads, self.model_config.head_dim)
-        # [key or value, layer, row, position, head, channel]; zeros, for a masked NaN is a NaN
-        shape = (2, len(layers), len(seqs), self.row_len, *heads)
         dtype = self.model.lm_head.weight.dtype
-        self.kv_cache = torch.zeros(shape, dtype=dtype, device=self.device)
+        block_bytes = 2 * len(layers) * self.block_size * prod(heads) * dtype.itemsize
+        self.num_blocks = config.num_kvcache_blocks
+        if self.num_blocks < 0:
+            self.num_blocks = self.cache_budget(config) // block_bytes - 1
+        if self.num_blocks < 1:
+            raise ValueError(
+                f"no room for a block of {self.block_size} tokens, {block_bytes:,} bytes, in "
+                f"num_kvcache_blocks={config.num_kvcache_blocks}"
+            )
+        # [key or value, layer, block, position, head, channel]
+        shape = (2, len(layers), self.num_blocks + 1, self.block_size, *heads)
+        # zeros, for what a mask hides is multiplied by 0, and 0 * NaN is NaN
+        self.kv_cache = zeros(shape, dtype, self.device)
         for layer, k_cache, v_cache in zip(layers, *self.kv_cache, strict=True):
             layer.k_cache, layer.v_cache = k_cache, v_cache
 
+    def cache_budget(self, config: Config) -> int:
+        """How many bytes the cache may take."""
+        if self.device.type == "cpu":
+            return CPU_CACHE_BYTES
+        torch.cuda.empty_cache()  # what an earlier engine gave back to torch, torch gives back
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(config.gpu_memory_utilization * total) - (total - free)
+
     def prepare_decode(self, seqs: list[Sequence]) -> Prepared:
-        """The newest token of each sequence."""
-        input_ids = self.tensor([seq.last_token for seq in seqs])
-        positions = self.tensor([len(seq) - 1 for seq in seqs])
-        rows = torch.arange(len(seqs), device=self.device)
-        max_context_len = max(map(len, seqs))
-        mask = None
-        if len(seqs) > 1:
-            mask = torch.arange(max_context_len, device=self.device) <= positions.unsqueeze(1)
-            mask = mask[:, None, None]
-        slots = rows * self.row_len + positions
-        return input_ids, positions, Context(slots, mask=mask, max_context_len=max_context_len)
+        """The one token of each sequence that is not in the cache yet."""
+        at = [seq.num_computed_tokens for seq in seqs]
+        input_ids = [seq.token_ids[i] for seq, i in zip(seqs, at, strict=True)]
+        slots = [self.slots(seq, i, i + 1)[0] for seq, i in zip(seqs, at, strict=True)]
+        context_lens = [i + 1 for i in at]
+        context = Context(
+            slot_mapping=self.tensor(slots),
+            block_tables=self.block_tables(seqs),
+            context_lens=context_lens,
+            mask=self.decode_mask(context_lens),
+            num_decodes=len(seqs),
+        )
+        return self.tensor(input_ids), self.tensor(at), context
+
+    def decode_mask(self, context_lens: list[int]) -> torch.Tensor | None:
+        """True where a sequence has a token, [num_seqs, 1, 1, longest]; None if all are as long."""
+        if min(context_lens) == max(context_lens):
+            return None
+        column = torch.arange(max(context_lens), device=self.device)
+        return (column < self.tensor(context_lens).unsqueeze(1))[:, None, None]

@@ -12,9 +12,8 @@ class Progress:
 
     def __init__(self, num_requests: int, enabled: bool):
         self.bar = tqdm(total=num_requests, desc="Generating", disable=not enabled, unit="request")
-        self.tokens = {"prefill": 0, "decode": 0}
-        self.seconds = {"prefill": 0.0, "decode": 0.0}
-        self.last_time = perf_counter()
+        self.num_prompt_tokens = self.num_output_tokens = 0
+        self.start = perf_counter()
 
     def __enter__(self) -> "Progress":
         return self
@@ -24,13 +23,11 @@ class Progress:
 
     def update(self, seqs: list[Sequence]) -> None:
         """Account for a step that gave each of these sequences a token."""
-        now = perf_counter()
         firsts = [seq for seq in seqs if seq.num_completion_tokens == 1]
-        phase = "prefill" if firsts else "decode"
-        self.tokens[phase] += sum(map(len, firsts)) if firsts else len(seqs)
-        self.seconds[phase] += now - self.last_time
-        self.last_time = now
-        seconds = {phase: spent for phase, spent in self.seconds.items() if spent > 0}
-        rates = {p: f"{self.tokens[p] / spent:,.0f} tok/s" for p, spent in seconds.items()}
+        self.num_prompt_tokens += sum(seq.num_prompt_tokens for seq in firsts)
+        self.num_output_tokens += len(seqs)
+        seconds = perf_counter() - self.start
+        prompt, output = self.num_prompt_tokens / seconds, self.num_output_tokens / seconds
+        rates = {"prompt": f"{prompt:,.0f} tok/s", "output": f"{output:,.0f} tok/s"}
         self.bar.set_postfix(rates, refresh=False)
         self.bar.update(sum(seq.is_finished for seq in seqs))

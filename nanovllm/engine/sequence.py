@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from nanovllm.engine.block import Prefix
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.sampling_params import SamplingParams
 
@@ -28,6 +29,26 @@ class Sequence:
     finish_reason: str | None = None  # "stop", "length" or "abort" once finished
     detokenizer: Detokenizer | None = None  # where text is wanted before the end
     num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
+    block_table: list[int] = field(default_factory=list)  # its blocks, in the order of the text
+    prefixes: list[Prefix] = field(default_factory=list)  # its full blocks that are in the cache
+    num_cached_tokens: int = 0  # tokens that were in the cache when it was admitted
+    epoch: int = 0  # the block manager's epoch when it was admitted
+    num_scheduled_tokens: int = 0  # tokens that it brings in the next step
+    num_preemptions: int = 0
+    num_hit_tokens: int = 0  # prompt tokens that were in the cache when it was first admitted
+    arrival_time: float = 0.0  # these in seconds, by time.perf_counter
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+
+    @property
+    def num_missing_tokens(self) -> int:
+        """Tokens whose keys and values are not in the cache yet."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_running(self) -> bool:
+        """It has blocks, and a part in each step."""
+        return self.status is SequenceStatus.RUNNING
 
     def __post_init__(self):
         self.num_prompt_tokens = len(self.token_ids)

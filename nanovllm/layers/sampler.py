@@ -28,7 +28,7 @@ def exponential_noise(seeds: torch.Tensor, positions: torch.Tensor, size: int) -
     column = torch.arange(size, device=seeds.device)
     bits = mix32((key.unsqueeze(1) + column * 0x9E3779B9) & MASK32)
     uniform = (bits.float() + 0.5) * 2.0**-32
-    return -torch.log1p(-uniform)
+    return -torch.log1p(-uniform.clamp(max=1 - 2.0**-24))  # float32 may have rounded it up to 1
 
 
 def keep_top_k_top_p(
@@ -70,7 +70,9 @@ class Sampler(nn.Module):
         if sampling.all_greedy:
             return greedy
         is_greedy = sampling.temperatures == 0
-        scores = logits.float() / sampling.temperatures.masked_fill(is_greedy, 1).unsqueeze(1)
+        # The best score is 0 and the others are below: no temperature, however low, overflows.
+        scores = logits.float() - logits.amax(dim=-1, keepdim=True)
+        scores = scores / sampling.temperatures.clamp(min=2.0**-126).unsqueeze(1)
         if sampling.any_filtered:
             scores = keep_top_k_top_p(scores, sampling.top_ks, sampling.top_ps)
         noise = exponential_noise(sampling.seeds, sampling.positions, logits.shape[-1])

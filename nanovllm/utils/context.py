@@ -2,24 +2,37 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 
 @dataclass(slots=True)
 class Context:
-    """Which sequence each token of a step belongs to, and where its keys and values go."""
+    """What a step's sequences bring, and where their keys and values lie.
 
-    slot_mapping: torch.Tensor  # [num_tokens] int64: the token's slot in the cache
-    cu_seqlens: list[int] | None = None  # prefill: sequence i owns tokens [cu[i], cu[i + 1])
-    mask: torch.Tensor | None = None  # decode: [num_seqs, 1, 1, max_context_len], True is visible
-    max_context_len: int = 0  # decode: the longest context of the batch
+    First come the sequences that bring one token each (decode), then those that bring several.
+    """
 
-    @property
-    def is_prefill(self) -> bool:
-        """True where whole prompts are run, False where each sequence brings one token."""
-        return self.cu_seqlens is not None
+    slot_mapping: torch.Tensor  # [num_tokens] int64: each token's slot; -1 is nobody's
+    block_tables: torch.Tensor  # [num_seqs, max_blocks] int64, short tables padded with 0
+    context_lens: list[int]  # tokens that each sequence's newest token sees, itself included
+    mask: torch.Tensor | None = None  # decode: [num_decodes, 1, 1, max_context_len]; None: see all
+    num_decodes: int = 0
+    cu_seqlens: list[int] | None = None  # sequence i owns tokens [cu[i], cu[i + 1]); None: one each
+    known_slots: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def slots(self, start: int, stop: int, block_size: int) -> torch.Tensor:
+        """Where the tokens of sequences start … stop - 1 lie, [stop - start, longest] int64.
+
+        All layers of a step ask the same, so the answer is kept.
+        """
+        if (start, stop) not in self.known_slots:
+            tables, lens = self.block_tables[start:stop], self.context_lens[start:stop]
+            position = torch.arange(max(lens), device=tables.device)
+            blocks = tables[:, position // block_size]
+            self.known_slots[start, stop] = blocks * block_size + position % block_size
+        return self.known_slots[start, stop]
 
 
 _context: Context | None = None

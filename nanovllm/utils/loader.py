@@ -1,6 +1,5 @@
 """Checkpoints: where they lie, and how their tensors reach the model."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import nanovllm
+from nanovllm.config import read_json
 
 BUNDLED_MODEL = Path(nanovllm.__path__[0]) / "tiny"
 
@@ -17,7 +17,7 @@ BUNDLED_MODEL = Path(nanovllm.__path__[0]) / "tiny"
 def load_model(model: nn.Module, folder: Path) -> None:
     """Fill every parameter from the folder's safetensors files.
 
-    ValueError for a tensor that is missing or misshapen; a warning for one that nothing uses.
+    ValueError for a tensor that is missing or does not fit; a warning for one that nothing uses.
     """
     parameters = dict(model.named_parameters())
     missing, unused = set(parameters), []
@@ -26,10 +26,10 @@ def load_model(model: nn.Module, folder: Path) -> None:
             unused.append(name)
             continue
         target = parameters[name]
-        if tensor.shape != target.shape:
+        if tensor.shape != target.shape or not tensor.is_floating_point():
             raise ValueError(
-                f"{folder}: {name} has shape {list(tensor.shape)}, config.json asks for "
-                f"{list(target.shape)}"
+                f"{folder}: {name} has shape {list(tensor.shape)} in {tensor.dtype}, config.json "
+                f"asks for {list(target.shape)} in floating point"
             )
         target.data.copy_(tensor)
         missing.discard(name)
@@ -45,7 +45,12 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor of a checkpoint with its name, from one safetensors file or from its shards."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) for file in weight_map.values()
+        ):
+            raise ValueError(f"{index} has no weight_map of names to files")
+        files = sorted(set(weight_map.values()))
     else:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:
@@ -55,7 +60,7 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             with safe_open(folder / file, framework="pt") as tensors:
                 for name in tensors.keys():
                     yield name, tensors.get_tensor(name)
-        except (SafetensorError, FileNotFoundError) as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{folder / file} can't be read: {error}") from None
 
 

@@ -1,7 +1,7 @@
 """Options that know their own help text and legal values, for `Config` and `SamplingParams`."""
 
 import difflib
-import math
+import sys
 import types
 from dataclasses import field, fields
 from typing import Any, Union, get_args, get_origin
@@ -34,7 +34,7 @@ def check_options(options: Any) -> None:
             raise ValueError(f"{spec.name} must be {wanted}, got {value!r}")
         if value is None:
             continue
-        if isinstance(value, float) and not math.isfinite(value):
+        if float in accepted and not abs(value) <= sys.float_info.max:  # NaN fails it too
             raise ValueError(f"{spec.name} must be a finite number, got {value}")
         if limits.get("minimum") is not None and value < limits["minimum"]:
             raise ValueError(f"{spec.name} must be at least {limits['minimum']}, got {value}")

@@ -1,7 +1,8 @@
 """The suite that the package of every chapter passes.
 
 `NANOVLLM_STAGE=K pytest tests/conformance` tests the package as of chapter K; without the
-variable it tests `nanovllm/` as it stands in the repository.
+variable it tests `nanovllm/` as it stands in the repository, that is as of the last chapter.
+A folder `from_stage_N` holds what is true from chapter N on, and is left out before.
 """
 
 import importlib.util
@@ -18,6 +19,18 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "nanovllm" / "tiny"
 STAGE = os.environ.get("NANOVLLM_STAGE")
 sys.path[:0] = [str(ROOT), str(ROOT / "chapters")]
+
+
+def chapter_under_test() -> int:
+    """The chapter whose package is tested."""
+    return int(STAGE or len(list((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))))
+
+
+collect_ignore = [
+    folder.name
+    for folder in Path(__file__).parent.glob("from_stage_*")
+    if int(folder.name.rpartition("_")[2]) > chapter_under_test()
+]
 
 
 def pytest_configure(config):
@@ -80,6 +93,21 @@ def random_folder(tmp_path_factory):
     from checkpoints import save_random
 
     return save_random(tmp_path_factory.mktemp("random"))
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The blocks that have been hashed, one entry a call; from stage 4 on."""
+    from nanovllm.engine.block_manager import BlockManager
+
+    calls, compute = [], BlockManager.compute_hash
+
+    def counting(token_ids, *args):
+        calls.append(list(token_ids))
+        return compute(token_ids, *args)
+
+    monkeypatch.setattr(BlockManager, "compute_hash", staticmethod(counting))
+    return calls
 
 
 @pytest.fixture(autouse=True)

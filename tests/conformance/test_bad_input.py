@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from results import results
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
@@ -22,11 +23,14 @@ GOOD = SamplingParams
         (dict(temperature=float("nan")), "temperature.*nan"),
         (dict(temperature=float("inf")), "temperature.*inf"),
         (dict(temperature="hot"), "temperature.*hot"),
+        (dict(temperature=10**400), "temperature must be a finite number"),
         (dict(top_p=0), "top_p.*0"),
         (dict(top_p=1.1), "top_p.*1.1"),
         (dict(top_p=float("nan")), "top_p.*nan"),
         (dict(top_k=-1), "top_k.*-1"),
         (dict(seed="x"), "seed.*x"),
+        (dict(seed=2**63), "seed.*9223372036854775808"),
+        (dict(top_k=10**30), "top_k"),
         (dict(stop=""), "stop"),
         (dict(stop=[3]), "stop.*3"),
         (dict(stop_token_ids=["a"]), "stop_token_ids.*a"),
@@ -36,6 +40,16 @@ GOOD = SamplingParams
 def test_bad_sampling_params_are_named(options, named):
     with pytest.raises(ValueError, match=named):
         SamplingParams(**options)
+
+
+@pytest.mark.parametrize("change", [dict(max_tokens=0), dict(stop="x"), dict(temperature=0)])
+def test_checked_sampling_params_stay_as_they_are(change):
+    params = SamplingParams(stop=["a", "b"], stop_token_ids=[1])
+    for name, value in change.items():
+        with pytest.raises(AttributeError):
+            setattr(params, name, value)
+    assert (params.stop, params.stop_token_ids) == (("a", "b"), (1,))
+    assert params == SamplingParams(stop=("a", "b"), stop_token_ids=(1,))
 
 
 @pytest.mark.parametrize(
@@ -50,6 +64,10 @@ def test_bad_sampling_params_are_named(options, named):
         ([[True]], None, "True"),
         (7, None, "7"),
         ([7.5], None, "7.5"),
+        ([1, 2.5], None, "2.5"),
+        ([1, None], None, "None"),
+        (["Hello", 5], None, "5"),
+        ("Hello \ud800", None, "ud800"),
         ([None], None, "None"),
         ([[1] * 4097], None, "4097.*4096"),
         ([[1] * 4000], GOOD(max_tokens=97), "4000.*97.*4096"),
@@ -69,11 +87,41 @@ def test_bad_sampling_params_are_named(options, named):
 )
 def test_bad_request_is_refused_and_nothing_is_left(llm, prompts, params, named):
     greedy = SamplingParams(temperature=0, max_tokens=5)
-    before = llm.generate("Hello", greedy, use_tqdm=False)
+    before = results(llm.generate("Hello", greedy, use_tqdm=False))
     with pytest.raises(ValueError, match=named):
         llm.generate(prompts, params, use_tqdm=False)
     assert llm.is_finished()
-    assert llm.generate("Hello", greedy, use_tqdm=False) == before
+    assert results(llm.generate("Hello", greedy, use_tqdm=False)) == before
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        ("Hello", "Hello"),
+        (None, "None"),
+        (5, "5"),
+        ([], r"\[\]"),
+        ([[]], r"\[\]"),
+        (["Hello"], "Hello"),
+        ([["Hello"]], "Hello"),
+        ([{"role": "user"}], "{'role': 'user'}"),
+        ([{"content": "Hello"}], "{'content': 'Hello'}"),
+        ([{"role": "user", "content": 5}], "5"),
+        ([{"role": None, "content": "Hello"}], "None"),
+        ([{"role": "user", "content": "Hello"}, "then"], "then"),
+        ([{"role": "user", "content": "Hello"}, [{"role": "user", "content": "x"}]], "x"),
+        ([[{"role": "user", "content": "Hello"}], {"role": "user", "content": "x"}], "x"),
+        ([[[{"role": "user", "content": "Hello"}]]], "Hello"),
+        ([{"role": "user", "content": "\udc80"}], "udc80"),
+    ],
+)
+def test_bad_messages_are_refused_and_nothing_is_left(llm, messages, named):
+    greedy = SamplingParams(temperature=0, max_tokens=5)
+    with pytest.raises(ValueError, match=named):
+        llm.chat(messages, use_tqdm=False)
+    assert llm.is_finished()
+    good = [{"role": "user", "content": "Hello"}]
+    assert len(llm.chat([good, good], greedy, use_tqdm=False)) == 2
 
 
 def test_bad_stream_is_refused_at_the_call(llm):
@@ -111,10 +159,10 @@ def checkpoint(bundled, tmp_path):
     return folder
 
 
-def edit_config(folder, **changes):
-    """Change fields of config.json; None takes a field out."""
+def edit_config(folder, drop=None, **changes):
+    """Change fields of config.json, or take one out."""
     config = json.loads((folder / "config.json").read_text()) | changes
-    config = {k: v for k, v in config.items() if v is not None}
+    config.pop(drop, None)
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -124,12 +172,21 @@ def edit_tensors(folder, change):
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
 
 
+def with_config(**changes):
+    return lambda folder: edit_config(folder, **changes)
+
+
+def with_file(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
 NORM = "model.layers.1.mlp.up_proj.weight"
+INDEX = "model.safetensors.index.json"
 BREAKAGES = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no .*safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-    "missing field": (lambda f: edit_config(f, hidden_size=None), "hidden_size"),
+    "missing field": (lambda f: edit_config(f, drop="hidden_size"), "hidden_size"),
     "another architecture": (
         lambda f: edit_config(f, architectures=["LlamaForCausalLM"], model_type="llama"),
         "LlamaForCausalLM.*Qwen3ForCausalLM",
@@ -170,6 +227,14 @@ BREAKAGES = {
         lambda f: edit_config(f, architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe"),
         "Qwen3MoeForCausalLM",
     ),
+    "integers": (
+        lambda f: edit_tensors(f, lambda t: t.update({NORM: t[NORM].to(torch.int8)})),
+        NORM + ".*int8",
+    ),
+    "a folder in place of weights": (
+        lambda f: (f / "more.safetensors").mkdir(),
+        "more.safetensors",
+    ),
     "cut off": (
         lambda f: (f / "model.safetensors").write_bytes(
             (f / "model.safetensors").read_bytes()[:5000]
@@ -177,6 +242,46 @@ BREAKAGES = {
         "model.safetensors",
     ),
 }
+
+
+for name, value in {
+    "hidden_size": None,
+    "intermediate_size": 384.0,
+    "num_hidden_layers": 0,
+    "vocab_size": -1,
+    "attention_bias": None,
+    "num_attention_heads": True,
+    "num_key_value_heads": 3,
+    "head_dim": [64],
+    "max_position_embeddings": {},
+    "rms_norm_eps": "1e-6",
+    "tie_word_embeddings": "yes",
+    "eos_token_id": "</s>",
+    "quantization_config": {"quant_method": "fp8"},
+    "architectures": "Qwen3ForCausalLM",
+    "model_type": "qwen2",
+    "rope_parameters": "yarn",
+    "rope_scaling": [2],
+}.items():
+    BREAKAGES[f"{name}={value!r}"] = (with_config(**{name: value}), rf"config\.json.*{name}")
+for rope, named in (
+    ({"rope_theta": "1e4"}, "rope_theta"),
+    ({"rope_theta": None}, "rope_theta"),
+    ({"rope_theta": -1.0}, "rope_theta"),
+    ({"rope_type": "linear"}, "factor"),
+    ({"rope_type": "linear", "factor": "2"}, "factor"),
+    ({"rope_type": "yarn", "factor": 0}, "factor"),
+    ({"rope_type": "yarn", "factor": 2, "beta_fast": [32]}, "beta_fast"),
+):
+    BREAKAGES[str(rope)] = (with_config(rope_parameters=rope), rf"config\.json.*{named}")
+for name in ("config.json", "generation_config.json", INDEX):
+    for content in (b"[1]", b"null", b"", b"{", b"\xff\xfe\x00"):
+        BREAKAGES[f"{name} of {content}"] = (with_file(name, content), name)
+for content in (b"{}", b'{"weight_map": [1]}', b'{"weight_map": {"a": 1}}'):
+    BREAKAGES[f"{INDEX} of {content}"] = (with_file(INDEX, content), f"{INDEX}.*weight_map")
+for name in ("tokenizer.json", "tokenizer_config.json"):
+    for content in (b"{", b"[]", b"\xff"):
+        BREAKAGES[f"{name} of {content}"] = (with_file(name, content), name)
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)

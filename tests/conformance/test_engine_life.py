@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from results import results
 
 from nanovllm import LLM, SamplingParams
 
@@ -26,27 +27,27 @@ def interrupt_after(llm, monkeypatch, calls: int, exception: type[BaseException]
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("calls", [0, 3])
 def test_interrupted_generate_leaves_an_empty_usable_engine(llm, monkeypatch, calls, exception):
-    expected = llm.generate(["Hello", "Once"], GREEDY, use_tqdm=False)
+    expected = results(llm.generate(["Hello", "Once"], GREEDY, use_tqdm=False))
     with monkeypatch.context() as patch:
         interrupt_after(llm, patch, calls, exception)
         with pytest.raises(exception):
             llm.generate(["Hello", "Once", "Tom"], GREEDY, use_tqdm=False)
     assert llm.is_finished()
-    assert llm.generate(["Hello", "Once"], GREEDY, use_tqdm=False) == expected
+    assert results(llm.generate(["Hello", "Once"], GREEDY, use_tqdm=False)) == expected
 
 
 def test_interrupted_stream_leaves_an_empty_usable_engine(llm, monkeypatch):
-    expected = llm.generate("Hello", GREEDY, use_tqdm=False)
+    expected = results(llm.generate("Hello", GREEDY, use_tqdm=False))
     with monkeypatch.context() as patch:
         interrupt_after(llm, patch, 3, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             list(llm.stream("Hello", GREEDY))
     assert llm.is_finished()
-    assert llm.generate("Hello", GREEDY, use_tqdm=False) == expected
+    assert results(llm.generate("Hello", GREEDY, use_tqdm=False)) == expected
 
 
 def test_exception_inside_a_layer_leaves_no_batch_behind(llm, monkeypatch):
-    expected = llm.generate("Hello", GREEDY, use_tqdm=False)
+    expected = results(llm.generate("Hello", GREEDY, use_tqdm=False))
     with monkeypatch.context() as patch:
         layer = llm.model_runner.model.model.layers[-1]
 
@@ -56,7 +57,7 @@ def test_exception_inside_a_layer_leaves_no_batch_behind(llm, monkeypatch):
         patch.setattr(layer, "forward", broken)
         with pytest.raises(KeyboardInterrupt):
             llm.generate("Hello", GREEDY, use_tqdm=False)
-    assert llm.generate("Hello", GREEDY, use_tqdm=False) == expected
+    assert results(llm.generate("Hello", GREEDY, use_tqdm=False)) == expected
 
 
 def test_two_engines_interleave(llm):
@@ -124,12 +125,17 @@ def test_a_failed_construction_leaves_the_defaults_and_the_next_engine_alone(tmp
 
 def test_exit_twice_is_fine_and_use_after_it_is_an_error():
     llm = LLM(device="cpu")
+    begun = llm.stream("Hello")
     llm.exit()
     llm.exit()
-    with pytest.raises(RuntimeError, match="exited"):
-        llm.generate("Hello", use_tqdm=False)
-    with pytest.raises(RuntimeError, match="exited"):
-        llm.add_request("Hello")
-    with pytest.raises(RuntimeError, match="exited"):
-        list(llm.stream("Hello"))
+    for use in (
+        llm.step,
+        lambda: llm.add_request("Hello"),
+        lambda: llm.generate("Hello", use_tqdm=False),
+        lambda: llm.chat([{"role": "user", "content": "Hello"}], use_tqdm=False),
+        lambda: llm.stream("Hello"),
+        lambda: next(begun),
+    ):
+        with pytest.raises(RuntimeError, match="exited"):
+            use()
     assert llm.is_finished()

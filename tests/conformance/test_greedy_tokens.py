@@ -8,6 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 from checkpoints import SMALL, random_prompts, reference_tokens, save_random
+from results import results
 
 from nanovllm import SamplingParams
 from nanovllm.config import Config
@@ -170,7 +171,7 @@ def test_dummy_weights_need_config_json_alone(tmp_path, make_llm):
     outputs = []
     for _ in range(2):
         llm = make_llm(tmp_path, load_format="dummy")
-        outputs.append(llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False))
+        outputs.append(results(llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)))
         llm.exit()
     assert outputs[0] == outputs[1]
     assert len(outputs[0][0]["token_ids"]) == NUM_TOKENS
