@@ -9,7 +9,7 @@ DEMO := $(VENV)/.stamp-demo
 FULL := $(VENV)/.stamp-full
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test book ladder notebooks tangle format clean
+.PHONY: help demo test soak book ladder notebooks tangle format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -19,6 +19,13 @@ demo: $(DEMO)  ## set up the engine and let the bundled model write a story
 
 test: $(FULL)  ## run everything: lint, tangle, tests, book build, every notebook
 	@$(BIN)/python tests/run.py
+
+soak: $(FULL)  ## the long runs: 200,000 random operations, 2,000 requests in a small pool
+	@NANOVLLM_OPERATIONS=200000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+	  tests/conformance -k random_operations
+	@NANOVLLM_OPERATIONS=200000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 \
+	  tests/conformance/from_stage_5 -k "not random_operations"
+	@$(BIN)/python tests/bench_scheduler.py
 
 book: $(FULL)  ## build the book from the stored outputs
 	@$(BIN)/jupyter-book build . -W --keep-going -q

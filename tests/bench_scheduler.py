@@ -65,7 +65,7 @@ def blocked(block_size: int, known_share: float, in_use: bool) -> tuple[float, f
     if not in_use:
         manager.deallocate(kept)
     lacking = manager.blocks_for(len(text)) - known
-    free = lacking - 1 if in_use else lacking + known // 2
+    free = lacking - 1 if in_use else lacking + known // 2 + NUM_BLOCKS // 100  # of them a reserve
     taken = (len(manager.free_blocks) - free) * block_size
     manager.allocate(Sequence(-2, [0] * taken, FOREVER, seed=0))
     before, _ = steps(scheduler, 20)

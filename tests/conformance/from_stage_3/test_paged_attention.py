@@ -56,12 +56,15 @@ def scattered(
     ends = torch.tensor([num_new for num_new, _ in spans]).cumsum(0).tolist()
     lens = [num_tokens for _, num_tokens in spans]
     num_decodes = sum(num_new == 1 for num_new, _ in spans)
-    column = torch.arange(max(lens[:num_decodes], default=0))
+    mask = None  # which stands for: see all
+    if len({*lens[:num_decodes]}) > 1:
+        mask = torch.arange(max(lens[:num_decodes])) < torch.tensor(lens[:num_decodes])[:, None]
+        mask = mask[:, None, None]
     context = Context(
         slot_mapping=torch.tensor(slots),
         block_tables=torch.tensor([t + [0] * (max(needed) - len(t)) for t in tables]),
         context_lens=lens,
-        mask=(column < torch.tensor(lens[:num_decodes])[:, None])[:, None, None],
+        mask=mask,
         num_decodes=num_decodes,
         cu_seqlens=[0, *ends] if num_decodes < len(spans) else None,
     )
@@ -110,6 +113,12 @@ def test_decodes_and_prompts_share_a_batch(block_size):
     lengths = around(block_size)
     spans = [(1, length) for length in lengths] + [(5, length + 5) for length in lengths]
     check(spans, block_size, 4, 2, 64)
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 8])
+def test_decodes_of_one_length_equal_dense_attention(length):
+    check([(1, length)] * 3, 7, 4, 2, 64)
+    check([(1, length)] * 3 + [(5, 12)], 7, 4, 2, 64)
 
 
 def test_one_sequence_in_one_block():

@@ -16,6 +16,7 @@ from memory import (
     check_books,
     engine,
     greedy,
+    hits,
     run_lengths,
     smallest_pool,
     step_through,
@@ -98,6 +99,20 @@ def test_a_long_prompt_does_not_hold_up_a_request_that_runs(monkeypatch, budget)
         assert max(lengths) == budget
         alone_after = found[first].num_completion_tokens  # then the whole budget is the prompt's
         assert arrived <= max(-(-90 // (budget - 1)), alone_after + 90 // budget)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_what_a_cancelled_request_has_not_computed_is_not_found(num_steps):
+    """Its blocks lie there with what was in them before."""
+    (expected,) = alone([SHARED], [greedy(10)])
+    with engine(kvcache_block_size=BLOCK, max_num_batched_tokens=12) as llm:
+        llm.model_runner.kv_cache.fill_(1e4)
+        seq_id = llm.add_request(SHARED, greedy(10))
+        for _ in range(num_steps):
+            llm.step()
+        llm.abort(seq_id)
+        assert hits(block_manager(llm), SHARED) == num_steps * 12 // BLOCK * BLOCK
+        assert tokens(llm, SHARED, greedy(10)) == [expected]
 
 
 def test_a_preempted_request_finds_what_is_left_of_it():

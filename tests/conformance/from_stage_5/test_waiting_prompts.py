@@ -41,14 +41,23 @@ def test_a_blocked_prompt_is_hashed_once(hashed, num_known):
     assert len(hashed) - len(again) <= 2 * (NUM_STEPS // SIZE + 1), "those that run: a block each"
 
 
+def full_scheduler(*prompts: range) -> Scheduler:
+    """A scheduler with 300 blocks that has run a step for each of these prompts."""
+    config = Config(device="cpu", kvcache_block_size=SIZE)
+    scheduler = Scheduler(config, 300, ())
+    for number, prompt in enumerate(prompts):
+        scheduler.add(make_seq(prompt, max_tokens=1000, seq_id=number))
+        step(scheduler)
+    return scheduler
+
+
 @pytest.mark.parametrize("free", [20, 22, 23, 24])
 def test_a_hundredth_of_the_pool_is_left_for_those_that_run(free):
-    """A prompt of 20 blocks starts where 3 of 300 stay free; where nothing runs, at once."""
-    scheduler = Scheduler(Config(device="cpu", kvcache_block_size=SIZE), 300, ())
-    scheduler.add(make_seq(range((300 - free) * SIZE - 1), max_tokens=1000))
-    step(scheduler)
-    scheduler.add(make_seq(range(10**6, 10**6 + 20 * SIZE), max_tokens=9, seq_id=1))
-    step(scheduler)
+    """Beside another, a prompt of 20 blocks starts where 3 of 300 stay free."""
+    running, arriving = range((300 - free) * SIZE - 1), range(10**6, 10**6 + 20 * SIZE)
+    scheduler = full_scheduler(running, arriving)
     assert len(scheduler.running) == (2 if free >= 23 else 1)
-    scheduler.abort(0)
-    assert [seq.seq_id for seq in scheduler.schedule()] == [1]
+
+
+def test_alone_a_prompt_may_fill_the_pool():
+    assert len(full_scheduler(range(300 * SIZE)).running) == 1
