@@ -175,7 +175,7 @@ def main() -> int:
         {"generate": generate, "chat": chat, "bench": bench}[args.command](args)
         print(end="", flush=True)  # what does not fit on a disk shows here at the latest
         return 0
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, MemoryError) as error:
         print(f"nanovllm: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:

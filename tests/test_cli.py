@@ -101,6 +101,12 @@ def test_a_reader_that_goes_away_is_no_error():
     assert "Traceback" not in ran.stderr and ran.stdout == "Once "[: len(ran.stdout)]
 
 
+def test_a_cache_that_no_memory_holds_is_one_clear_line_and_status_1():
+    ran = nanovllm("generate", "Hi", "--device", "cpu", "--num-kvcache-blocks", "1000000000")
+    assert ran.returncode == 1 and ran.stdout == ""
+    assert ran.stderr.startswith("nanovllm: error: ") and ran.stderr.count("\n") == 1
+
+
 FULL = Path("/dev/full")  # a disk without room, on Linux
 
 
