@@ -1,6 +1,7 @@
 """Draw the book's diagrams: `python book/diagrams.py` writes book/figures/*.svg.
 
-Those of chapters 1 and 2 are here, those of chapters 3 to 5 in diagrams_blocks.py.
+Those of chapters 1 and 2 are here, those of chapters 3 to 5 in diagrams_blocks.py,
+those of chapters 6 and 7 in diagrams_kernels.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Arc, Circle, Rectangle
 
 import diagrams_blocks
+import diagrams_kernels
 from drawing import (
     INK,
     KEPT,
@@ -253,7 +255,7 @@ DIAGRAMS = (decode_loop, gqa, naive_recompute, prefill_decode, cache_rows, rope)
 
 def main() -> None:
     """Write every diagram."""
-    for draw in DIAGRAMS + diagrams_blocks.DIAGRAMS:
+    for draw in DIAGRAMS + diagrams_blocks.DIAGRAMS + diagrams_kernels.DIAGRAMS:
         save(draw)
 
 

@@ -35,6 +35,21 @@ class Config:
         0.9, "share of the GPU's memory that the engine may fill", above=0, maximum=1
     )
     enable_prefix_caching: bool = option(True, "reuse what equal beginnings have in the cache")
+    attention_backend: str = option(
+        "auto",
+        "auto: triton on a GPU, torch elsewhere",
+        choices=("auto", "flash_attn", "triton", "torch"),
+    )
+    enforce_eager: bool = option(False, "launch kernel by kernel, without CUDA graphs")
+    async_scheduling: bool | None = option(
+        None, "prepare a step while the one before runs (default: on a GPU)"
+    )
+
+    @property
+    def max_in_flight(self) -> int:
+        """How many steps may have been launched and not been accounted for."""
+        on_gpu = self.torch_device.type == "cuda"
+        return 2 if (on_gpu if self.async_scheduling is None else self.async_scheduling) else 1
 
     def __post_init__(self):
         check_options(self)

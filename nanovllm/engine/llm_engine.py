@@ -59,17 +59,23 @@ class LLMEngine:
         self.scheduler = Scheduler(self.config, self.num_blocks, eos_token_ids)
 
     def step(self) -> list[Sequence]:
-        """Run the model once; returns the sequences that gained a token.
+        """Account for the oldest step in flight; returns the sequences that gained a token.
 
-        Whatever is raised on the way, Ctrl-C included, the engine holds no request afterwards.
+        Before it waits for that step, it launches the next. Whatever is raised on the way, Ctrl-C
+        included, the engine holds no request afterwards.
         """
         self.check_alive()
-        if self.is_finished():
-            return []
+        scheduler = self.scheduler
         try:
-            seqs = self.scheduler.schedule()
-            token_ids = self.model_runner.run(seqs)
-            return self.scheduler.postprocess(seqs, token_ids)
+            while len(scheduler.in_flight) < self.config.max_in_flight:
+                seqs = scheduler.schedule()
+                if not seqs:
+                    break
+                scheduler.advance(seqs, self.model_runner.run(seqs))
+            if not scheduler.in_flight:
+                return []
+            oldest = scheduler.in_flight[0]
+            return scheduler.postprocess(oldest.seqs, oldest.result.token_ids())
         except BaseException:
             self.reset()
             raise

@@ -1,6 +1,8 @@
 """Runs the model: sequences in, one new token for each out."""
 
-from contextlib import contextmanager
+import itertools
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -10,9 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.attention import Attention
+from nanovllm.engine.step_inputs import InputLayout, Inputs, Shape
+from nanovllm.kernels.resolve_tokens import resolve_tokens
+from nanovllm.layers.attention import Attention, choose_backend
 from nanovllm.layers.sampler import Sampler, SamplingTensors
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.loader import fill_with_noise, load_model
 
@@ -32,10 +37,6 @@ def default_dtype(dtype: torch.dtype):
         torch.set_default_dtype(previous)
 
 
-# input_ids [num_tokens], positions [num_tokens], and what attention has to know of them
-Prepared = tuple[torch.Tensor, torch.Tensor, Context]
-
-
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """torch.zeros; on a CPU no page of it takes memory before it is used."""
     if device.type != "cpu":
@@ -47,12 +48,49 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 CPU_CACHE_BYTES = 2**30  # for a larger cache on a CPU set num_kvcache_blocks
 
 
+@dataclass(slots=True)
+class Result:
+    """What a step samples, once it has run."""
+
+    sampled: torch.Tensor  # [num_seqs] int64, on the host
+    done: torch.cuda.Event | None = None  # None: it is there already
+
+    def token_ids(self) -> list[int]:
+        """One new token id for each sequence: the one place where the host waits for the device."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.sampled.tolist()
+
+
+@dataclass(slots=True)
+class Graph:
+    """A step of some shape, recorded."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+    logits: torch.Tensor  # [num_seqs, vocab_size]: where each replay leaves them
+
+
+def is_filtered(params: list[SamplingParams]) -> bool:
+    """Does any of them ask for top-k or top-p?"""
+    return any(p.top_k > 0 or p.top_p < 1 for p in params)
+
+
+MAX_PREFILL_SEQS = 8  # in a step with a prompt that is recorded
+PREFILL_SIZES = (64, 128, 256, 512, 1024, 2048)  # its tokens
+
+
 class ModelRunner:
     """Owns the model, its device and its memory."""
 
     def __init__(self, config: Config, model_config: ModelConfig, folder: Path, max_model_len: int):
         self.device = config.torch_device
+        self.on_gpu = self.device.type == "cuda"
         self.model_config = model_config
+        self.max_model_len = max_model_len
+        self.max_num_tokens = config.max_num_batched_tokens
+        self.max_num_seqs = min(config.max_num_seqs, self.max_num_tokens)
+        self.free_at_start = self.free_memory()
         with self.device, default_dtype(config.torch_dtype):
             self.model = Qwen3ForCausalLM(model_config, num_positions=max_model_len)
         self.model.requires_grad_(False).eval()
@@ -61,130 +99,290 @@ class ModelRunner:
         else:
             load_model(self.model, folder)
         self.sampler = Sampler()
+        self.allocate_inputs(config)
+        self.graphs: dict[Shape, Graph] = {}
+        self.step_bytes = self.graph_bytes = 0
+        if self.on_gpu:
+            self.allocate_kv_cache(replace(config, num_kvcache_blocks=1))  # to warm up with
+            self.warmup_model()
+            self.measure_graphs(self.graph_shapes(config))
         self.allocate_kv_cache(config)
+        self.capture_cudagraph(self.graph_shapes(config))
 
     @torch.inference_mode()
-    def run(self, seqs: list[Sequence]) -> list[int]:
-        """One new token id for each sequence."""
-        with sdpa_kernel(SDPA_BACKENDS):
-            logits = self.forward(seqs)
-        token_ids = self.sampler(logits, self.prepare_sample(seqs))
-        return token_ids.tolist()  # the one place where the host waits for the device
+    def run(self, seqs: list[Sequence]) -> Result:
+        """Launch a step, which samples one new token id for each sequence; nobody waits here."""
+        with self.current_device():
+            shape = self.shape_for(seqs)
+            self.fill_inputs(seqs, shape)
+            if shape in self.graphs:
+                graph = self.graphs[shape]
+                graph.graph.replay()
+                inputs, logits = graph.inputs, graph.logits
+            else:
+                inputs = self.inputs(shape)
+                logits = self.forward(inputs, self.context(seqs, inputs))
+            params = [seq.params for seq in seqs]
+            if shape not in self.graphs or is_filtered(params):  # no recorded step has a filter
+                self.sample(logits[: len(seqs)], inputs, params)
+            return self.read_sampled(len(seqs))
 
-    def forward(self, seqs: list[Sequence]) -> torch.Tensor:
+    def read_sampled(self, num_seqs: int) -> Result:
+        """Ask for the step's tokens, to be read when they are there."""
+        sampled = torch.empty(num_seqs, dtype=torch.int64, pin_memory=self.on_gpu)
+        sampled.copy_(self.sampled[:num_seqs], non_blocking=True)
+        if not self.on_gpu:
+            return Result(sampled)
+        done = torch.cuda.Event()
+        done.record()
+        return Result(sampled, done)
+
+    def forward(self, inputs: Inputs, context: Context) -> torch.Tensor:
         """Logits of each sequence's next token, [num_seqs, vocab_size]."""
-        is_prefill = any(
-            seq.num_computed_tokens == 0 or len(seq) - seq.num_computed_tokens > 1 for seq in seqs
-        )
-        prepare = self.prepare_prefill if is_prefill else self.prepare_decode
-        input_ids, positions, context = prepare(seqs)
-        with set_context(context):
-            hidden = self.model(input_ids, positions)
-        if is_prefill:
-            hidden = hidden[[end - 1 for end in context.cu_seqlens[1:]]]  # the last of each prompt
+        input_ids = resolve_tokens(inputs["input_ids"], self.sampled)
+        with set_context(context), sdpa_kernel(SDPA_BACKENDS):
+            hidden = self.model(input_ids, inputs["positions"])
+        if context.num_decodes < len(context.block_tables):
+            hidden = hidden[inputs["last"]]  # of each prompt
         return self.model.compute_logits(hidden)
 
-    def prepare_sample(self, seqs: list[Sequence]) -> SamplingTensors:
-        """The sequences' sampling parameters, as tensors on the device."""
-        params = [seq.params for seq in seqs]
-        return SamplingTensors(
-            temperatures=self.tensor([p.temperature for p in params], torch.float32),
-            top_ks=self.tensor([p.top_k for p in params]),
-            top_ps=self.tensor([p.top_p for p in params], torch.float32),
-            seeds=self.tensor([seq.seed for seq in seqs]),
-            positions=self.tensor([len(seq) for seq in seqs]),
-            all_greedy=all(p.temperature == 0 for p in params),
-            any_filtered=any(p.top_k > 0 or p.top_p < 1 for p in params),
+    def sample(self, logits: torch.Tensor, inputs: Inputs, params: list[SamplingParams]) -> None:
+        """One token for each row of logits, into `sampled`; without params there is no filter."""
+        n, any_filtered = len(logits), is_filtered(params)
+        sampling = SamplingTensors(
+            temperatures=inputs["temperatures"][:n],
+            top_ks=self.tensor([p.top_k for p in params]) if any_filtered else None,
+            top_ps=self.tensor([p.top_p for p in params], torch.float32) if any_filtered else None,
+            seeds=inputs["seeds"][:n],
+            positions=inputs["lengths"][:n],
+            all_greedy=len(params) > 0 and all(p.temperature == 0 for p in params),
+            any_filtered=any_filtered,
         )
+        self.sampled[:n] = self.sampler(logits, sampling)
 
     def tensor(self, values, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Host values as a tensor on the device, without waiting for the copy."""
         pinned = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
         return pinned.to(self.device, non_blocking=True)
 
-    def prepare_prefill(self, seqs: list[Sequence]) -> Prepared:
-        """The scheduled tokens, sequence after sequence, those that bring one token first."""
-        input_ids, positions, slots, cu_seqlens, context_lens = [], [], [], [0], []
-        for seq in seqs:
-            start = seq.num_computed_tokens
-            stop = start + seq.num_scheduled_tokens
-            input_ids += seq.token_ids[start:stop]
-            positions += range(start, stop)
-            slots += self.slots(seq, start, stop)
-            cu_seqlens.append(cu_seqlens[-1] + stop - start)
-            context_lens.append(stop)
-        num_decodes = sum(seq.num_scheduled_tokens == 1 for seq in seqs)
-        context = Context(
-            slot_mapping=self.tensor(slots),
-            block_tables=self.block_tables(seqs),
-            context_lens=context_lens,
-            mask=self.decode_mask(context_lens[:num_decodes]) if num_decodes else None,
-            num_decodes=num_decodes,
-            cu_seqlens=cu_seqlens,
-        )
-        return self.tensor(input_ids), self.tensor(positions), context
-
-    def slots(self, seq: Sequence, start: int, stop: int) -> list[int]:
-        """The slots of a sequence's tokens `start` … `stop - 1`; -1 for one that has been kept."""
-        size, kept = self.block_size, seq.num_cached_tokens
-        return [
-            seq.block_table[i // size] * size + i % size if i >= kept else -1
-            for i in range(start, stop)
-        ]
-
-    def block_tables(self, seqs: list[Sequence]) -> torch.Tensor:
-        """The sequences' block tables, [num_seqs, max_blocks] int64, padded with 0."""
-        width = max(len(seq.block_table) for seq in seqs)
-        return self.tensor([seq.block_table + [0] * (width - len(seq.block_table)) for seq in seqs])
-
     def allocate_kv_cache(self, config: Config) -> None:
-        """The pool: `num_blocks` blocks, and one more that takes what nobody keeps."""
+        """The pool of `num_blocks` blocks, and how attention is to read it."""
         self.block_size = config.kvcache_block_size
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
+        self.backend = choose_backend(config, self.model_config.head_dim)
         heads = (self.model_config.num_key_value_heads, self.model_config.head_dim)
         dtype = self.model.lm_head.weight.dtype
         block_bytes = 2 * len(layers) * self.block_size * prod(heads) * dtype.itemsize
         self.num_blocks = config.num_kvcache_blocks
         if self.num_blocks < 0:
-            self.num_blocks = self.cache_budget(config) // block_bytes - 1
+            self.num_blocks = self.cache_budget(config) // block_bytes
         if self.num_blocks < 1:
             raise ValueError(
                 f"no room for a block of {self.block_size} tokens, {block_bytes:,} bytes, in "
                 f"num_kvcache_blocks={config.num_kvcache_blocks}"
             )
         # [key or value, layer, block, position, head, channel]
-        shape = (2, len(layers), self.num_blocks + 1, self.block_size, *heads)
+        shape = (2, len(layers), self.num_blocks, self.block_size, *heads)
         # zeros, for what a mask hides is multiplied by 0, and 0 * NaN is NaN
         self.kv_cache = zeros(shape, dtype, self.device)
         for layer, k_cache, v_cache in zip(layers, *self.kv_cache, strict=True):
-            layer.k_cache, layer.v_cache = k_cache, v_cache
+            layer.k_cache, layer.v_cache, layer.backend = k_cache, v_cache, self.backend
+
+    def allocate_inputs(self, config: Config) -> None:
+        """The buffer that each step's inputs are copied to, and the newest sampled tokens."""
+        self.max_blocks = -(-self.max_model_len // config.kvcache_block_size)
+        rows = -(-self.max_num_seqs // 16) * 16
+        largest = Shape(max(self.max_num_tokens, rows, PREFILL_SIZES[-1]), rows)
+        num_bytes = InputLayout(largest, self.max_blocks).num_bytes
+        self.input_buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+        self.sampled = torch.zeros(rows, dtype=torch.int64, device=self.device)
+
+    def warmup_model(self) -> None:
+        """Run the largest steps, which compiles the kernels, and note the memory that they take.
+
+        Nothing is stored, and all that is read lies in block 0.
+        """
+        longest, num_tokens = self.max_model_len, self.max_num_tokens
+        chunks = [longest] * (num_tokens // longest) + [num_tokens % longest]
+        prompts = [self.blank(n, n) for n in chunks if n > 0][: self.max_num_seqs]
+        decodes = [self.blank(longest, 1) for _ in range(self.max_num_seqs)]
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_reserved(self.device)
+        for seqs in (prompts, decodes):
+            self.run(seqs).token_ids()
+        self.step_bytes = torch.cuda.max_memory_reserved(self.device) - before
+
+    def blank(self, length: int, num_tokens: int) -> Sequence:
+        """A sequence to warm up with, which brings its last `num_tokens`."""
+        seq = Sequence(-1, [0] * length, SamplingParams(top_k=1), seed=0)
+        seq.block_table = [0] * -(-length // self.block_size)
+        seq.num_cached_tokens = length  # as if it were kept already
+        seq.num_computed_tokens, seq.num_scheduled_tokens = length - num_tokens, num_tokens
+        return seq
+
+    def measure_graphs(self, shapes: list[Shape]) -> None:
+        """Note the memory that the graphs will take, from recording three of them."""
+        if not shapes:
+            return
+        free, pool = [self.free_memory()], torch.cuda.graph_pool_handle()
+        trial = []
+        with self.current_device():
+            for shape in (shapes[-1], max(s for s in shapes if s.is_decode), shapes[0]):
+                trial.append(self.record(shape, pool))
+                free.append(self.free_memory())
+        self.graph_bytes = free[0] - free[2] + (free[2] - free[3]) * (len(shapes) - 2)
+
+    def free_memory(self) -> int:
+        """Bytes of the GPU that nobody has; what torch keeps for later it gives back first."""
+        if not self.on_gpu:
+            return 0
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
 
     def cache_budget(self, config: Config) -> int:
-        """How many bytes the cache may take."""
-        if self.device.type == "cpu":
+        """How many bytes the cache may take; ValueError, with the sum, where none are left."""
+        if not self.on_gpu:
             return CPU_CACHE_BYTES
-        torch.cuda.empty_cache()  # what an earlier engine gave back to torch, torch gives back
-        free, total = torch.cuda.mem_get_info(self.device)
-        return int(config.gpu_memory_utilization * total) - (total - free)
-
-    def prepare_decode(self, seqs: list[Sequence]) -> Prepared:
-        """The one token of each sequence that is not in the cache yet."""
-        at = [seq.num_computed_tokens for seq in seqs]
-        input_ids = [seq.token_ids[i] for seq, i in zip(seqs, at, strict=True)]
-        slots = [self.slots(seq, i, i + 1)[0] for seq, i in zip(seqs, at, strict=True)]
-        context_lens = [i + 1 for i in at]
-        context = Context(
-            slot_mapping=self.tensor(slots),
-            block_tables=self.block_tables(seqs),
-            context_lens=context_lens,
-            mask=self.decode_mask(context_lens),
-            num_decodes=len(seqs),
-        )
-        return self.tensor(input_ids), self.tensor(at), context
+        free, total = self.free_memory(), torch.cuda.mem_get_info(self.device)[1]
+        weights = self.free_at_start - free  # with what the libraries hold
+        allowed = int(config.gpu_memory_utilization * total)
+        steps = self.step_bytes + self.graph_bytes
+        budget = min(allowed - weights, free) - steps
+        if budget <= 0:
+            share, parts = (
+                config.gpu_memory_utilization,
+                (weights, self.step_bytes, self.graph_bytes),
+            )
+            total, allowed, free, *parts = (
+                f"{n / 2**30:.2f}" for n in (total, allowed, free, *parts)
+            )
+            raise ValueError(
+                f"nothing is left for the cache: gpu_memory_utilization={share} of {total} GiB is "
+                f"{allowed} GiB, and {free} GiB are free; the weights take {parts[0]} GiB, the "
+                f"largest step {parts[1]} GiB and the CUDA graphs {parts[2]} GiB"
+            )
+        return budget
 
     def decode_mask(self, context_lens: list[int]) -> torch.Tensor | None:
-        """True where a sequence has a token, [num_seqs, 1, 1, longest]; None if all are as long."""
-        if min(context_lens) == max(context_lens):
+        """True where a sequence has a token, [num_seqs, 1, 1, longest]; None if none is needed."""
+        if self.backend != "torch" or min(context_lens) == max(context_lens):
             return None
         column = torch.arange(max(context_lens), device=self.device)
         return (column < self.tensor(context_lens).unsqueeze(1))[:, None, None]
+
+    def fill_inputs(self, seqs: list[Sequence], shape: Shape) -> None:
+        """Bring a step's inputs to the device, padded to `shape`, in one copy."""
+        layout, n = InputLayout(shape, self.max_blocks), len(seqs)
+        host = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=self.on_gpu)
+        put = layout.arrays(host.numpy())
+        first = np.array([seq.num_computed_tokens for seq in seqs], dtype=np.int64)
+        count = np.array([seq.num_scheduled_tokens for seq in seqs], dtype=np.int64)
+        kept = np.array([seq.num_cached_tokens for seq in seqs], dtype=np.int64)
+        stop = count.cumsum()
+        row = np.repeat(np.arange(n), count)  # whose each token is
+        position = np.arange(len(row)) + (first - stop + count)[row]
+        input_ids: list[int] = []
+        for seq in seqs:
+            start = seq.num_computed_tokens
+            input_ids += seq.token_ids[start : start + seq.num_scheduled_tokens]
+        tables = put["block_tables"].reshape(shape.num_seqs, self.max_blocks)
+        tables[:] = 0
+        for table, seq in zip(tables, seqs, strict=False):
+            table[: len(seq.block_table)] = seq.block_table
+        slot = tables[row, position // self.block_size].astype(np.int64) * self.block_size
+        slot += position % self.block_size
+        slot[position < kept[row]] = -1
+        columns = {  # values, and what the padding is
+            "input_ids": (input_ids, 0),
+            "positions": (position, 0),
+            "slot_mapping": (slot, -1),
+            "seeds": ([seq.seed for seq in seqs], 0),
+            "lengths": ([len(seq) for seq in seqs], 0),
+            "last": (stop - 1, 0),
+            "temperatures": ([seq.params.temperature for seq in seqs], 0),
+            "context_lens": (first + count, 0),
+            "cu_seqlens": ([0, *stop], len(row)),
+        }
+        for name, (values, padding) in columns.items():
+            put[name][: len(values)] = values
+            put[name][len(values) :] = padding
+        num_decodes = shape.num_seqs if shape.is_decode else int((count == 1).sum())
+        put["order"][:num_decodes] = np.argsort(-put["context_lens"][:num_decodes])
+        self.input_buffer[: layout.num_bytes].copy_(host, non_blocking=True)
+
+    def inputs(self, shape: Shape) -> Inputs:
+        """The inputs of a step of this shape, where `fill_inputs` brings them."""
+        return InputLayout(shape, self.max_blocks).tensors(self.input_buffer)
+
+    def context(self, seqs: list[Sequence], inputs: Inputs) -> Context:
+        """What attention has to know of a step that is not recorded."""
+        counts = [seq.num_scheduled_tokens for seq in seqs]
+        context_lens = [seq.num_computed_tokens + n for seq, n in zip(seqs, counts, strict=True)]
+        num_decodes = counts.count(1)
+        return Context(
+            slot_mapping=inputs["slot_mapping"],
+            block_tables=inputs["block_tables"].view(len(seqs), -1),
+            context_lens=context_lens,
+            mask=self.decode_mask(context_lens[:num_decodes]) if num_decodes else None,
+            num_decodes=num_decodes,
+            cu_seqlens=list(itertools.accumulate(counts, initial=0)),
+            lens=inputs["context_lens"],
+            starts=inputs["cu_seqlens"],
+            order=inputs["order"],
+        )
+
+    def graph_shapes(self, config: Config) -> list[Shape]:
+        """The shapes of steps that are recorded, small ones first."""
+        if not self.on_gpu or config.enforce_eager or self.backend == "torch":
+            return []
+        rows = -(-self.max_num_seqs // 16) * 16
+        sizes = [n for n in (1, 2, 3, 4, 8, *range(16, rows + 1, 16)) if n <= rows]
+        prefills = [n for n in PREFILL_SIZES if n <= self.max_num_tokens]
+        return [Shape(n, n) for n in sizes] + [Shape(n, MAX_PREFILL_SEQS) for n in prefills]
+
+    def shape_for(self, seqs: list[Sequence]) -> Shape:
+        """The smallest shape that is recorded and holds this step, else the step's own."""
+        step = Shape(sum(seq.num_scheduled_tokens for seq in seqs), len(seqs))
+        for shape in self.graphs:  # the smallest first
+            if step.fits(shape):
+                return shape
+        return step
+
+    def capture_cudagraph(self, shapes: list[Shape]) -> None:
+        """Record a step of each shape: model, logits and sampling. All share one pool of memory."""
+        pool = torch.cuda.graph_pool_handle() if shapes else None
+        with self.current_device():
+            graphs = {shape: self.record(shape, pool) for shape in reversed(shapes)}
+        self.graphs = {shape: graphs[shape] for shape in shapes}
+
+    @torch.inference_mode()
+    def record(self, shape: Shape, pool: tuple[int, int]) -> Graph:
+        """A step of this shape, all of it padding, run once and then recorded."""
+        self.fill_inputs([], shape)
+        inputs = self.inputs(shape)
+        context = Context(
+            slot_mapping=inputs["slot_mapping"],
+            block_tables=inputs["block_tables"].view(shape.num_seqs, -1),
+            context_lens=[],
+            num_decodes=shape.num_seqs if shape.is_decode else 0,
+            cu_seqlens=[0, shape.num_tokens],  # a sequence may bring them all
+            lens=inputs["context_lens"],
+            starts=inputs["cu_seqlens"],
+            order=inputs["order"],
+        )
+
+        def step() -> torch.Tensor:
+            logits = self.forward(inputs, context)
+            self.sample(logits, inputs, [])
+            return logits
+
+        step()  # what compiles or allocates on its first run must not do so while recorded
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits = step()
+        return Graph(graph, inputs, logits)
+
+    def current_device(self):
+        """Make the device the current one of CUDA, for the length of a `with`."""
+        return torch.cuda.device(self.device) if self.on_gpu else nullcontext()

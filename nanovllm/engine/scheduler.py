@@ -1,11 +1,22 @@
 """Which requests run in the next step, and how many tokens each brings. Plain Python."""
 
 from collections import deque
+from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step that the device has been given, and that is not accounted for."""
+
+    seqs: list[Sequence]
+    result: Any  # what the model runner returned for it
+    grows: list[bool]  # does it sample a token that counts for this sequence?
 
 
 class Scheduler:
@@ -30,6 +41,7 @@ class Scheduler:
             if not seq.is_finished:
                 seq.finish("abort")
         self.waiting, self.running = deque(), []
+        self.in_flight: deque[Launched] = deque()  # oldest first
         self.block_manager = BlockManager(
             self.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
         )
@@ -69,14 +81,15 @@ class Scheduler:
     def schedule_tokens(self, seq: Sequence, num_tokens: int) -> None:
         """Let a sequence bring its next tokens; the blocks that they fill can be found at once."""
         seq.num_scheduled_tokens = num_tokens
-        self.block_manager.cache_blocks(seq, seq.num_computed_tokens + num_tokens)
+        num_computed = seq.num_computed_tokens + num_tokens
+        self.block_manager.cache_blocks(seq, min(num_computed, seq.num_known_tokens))
 
     def schedule_decodes(self) -> list[Sequence]:
         """One token for each sequence that lacks one, oldest first; the youngest make room."""
         decodes = []
         for seq in list(self.running):
-            if seq.num_missing_tokens > 1:
-                continue
+            if seq.num_missing_tokens != 1:
+                continue  # it brings a chunk, or waits for its last token
             while seq.is_running and not self.block_manager.can_append(seq):
                 self.preempt()
             if not seq.is_running:
@@ -116,12 +129,14 @@ class Scheduler:
 
     def postprocess(self, seqs: list[Sequence], token_ids: list[int]) -> list[Sequence]:
         """Account for a step; returns the sequences that gained a token by it."""
-        now, grown = perf_counter(), []
-        for seq, token_id in zip(seqs, token_ids, strict=True):
-            seq.num_computed_tokens += seq.num_scheduled_tokens
-            if seq.num_missing_tokens > 0:
-                continue  # more of the prompt is to come: what followed this chunk is known
+        if not self.in_flight:  # it was run with nobody waiting
+            self.advance(seqs)
+        now, grown, grows = perf_counter(), [], self.in_flight.popleft().grows
+        for seq, token_id, it_grows in zip(seqs, token_ids, grows, strict=True):
+            if seq.is_finished or not it_grows:
+                continue  # its end was seen while this step ran, or more of the prompt is to come
             seq.append_token(token_id)
+            self.block_manager.cache_blocks(seq, min(seq.num_computed_tokens, seq.num_known_tokens))
             seq.last_token_time = now
             if seq.num_completion_tokens == 1:
                 seq.first_token_time = now
@@ -130,8 +145,22 @@ class Scheduler:
         for seq in grown:
             if seq.is_finished:
                 self.block_manager.deallocate(seq)
+                if seq in self.waiting:  # preempted while its last token was on the way
+                    self.waiting.remove(seq)
         self.running = [seq for seq in self.running if not seq.is_finished]
+        if self.is_finished():
+            self.in_flight.clear()  # what still runs is for nobody
         return grown
+
+    def advance(self, seqs: list[Sequence], result: Any = None) -> None:
+        """A step has been launched: its tokens count as computed, the sampled ones will come."""
+        grows = []
+        for row, seq in enumerate(seqs):
+            seq.num_computed_tokens += seq.num_scheduled_tokens
+            grows.append(seq.num_computed_tokens == len(seq))
+            if grows[-1]:
+                seq.expect_token(row)
+        self.in_flight.append(Launched(seqs, result, grows))
 
     def finish_if_done(self, seq: Sequence) -> None:
         """Finish a sequence whose newest token ends it."""

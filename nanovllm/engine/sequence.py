@@ -39,11 +39,16 @@ class Sequence:
     arrival_time: float = 0.0  # these in seconds, by time.perf_counter
     first_token_time: float | None = None
     last_token_time: float | None = None
+    num_pending_tokens: int = 0  # placeholders at the end of token_ids: sampled, and not yet read
 
     @property
     def num_missing_tokens(self) -> int:
-        """Tokens whose keys and values are not in the cache yet."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens that are to be run: those whose keys and values are not in the cache yet.
+
+        The last token of all is never run, since nothing follows it.
+        """
+        longest = self.num_prompt_tokens + self.params.max_tokens - 1
+        return min(len(self.token_ids), longest) - self.num_computed_tokens
 
     @property
     def is_running(self) -> bool:
@@ -62,9 +67,14 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def num_known_tokens(self) -> int:
+        """Tokens that the host has read."""
+        return len(self.token_ids) - self.num_pending_tokens
+
+    @property
     def num_completion_tokens(self) -> int:
-        """Tokens generated so far."""
-        return len(self.token_ids) - self.num_prompt_tokens
+        """Tokens generated so far, as far as they have been read."""
+        return self.num_known_tokens - self.num_prompt_tokens
 
     @property
     def prompt_token_ids(self) -> list[int]:
@@ -74,23 +84,34 @@ class Sequence:
     @property
     def completion_token_ids(self) -> list[int]:
         """The tokens generated so far, an end-of-sequence token included."""
-        return self.token_ids[self.num_prompt_tokens :]
+        return self.token_ids[self.num_prompt_tokens : self.num_known_tokens]
 
     @property
     def last_token(self) -> int:
-        """The newest token."""
-        return self.token_ids[-1]
+        """The newest token that has been read."""
+        return self.token_ids[self.num_known_tokens - 1]
 
     @property
     def is_finished(self) -> bool:
         """No further token will come."""
         return self.status is SequenceStatus.FINISHED
 
+    def expect_token(self, row: int) -> None:
+        """Add a placeholder for what this row of the step that runs now will sample."""
+        self.token_ids.append(-1 - row)
+        self.num_pending_tokens += 1
+
     def append_token(self, token_id: int) -> None:
-        """Add the token that was sampled for this sequence."""
-        self.token_ids.append(token_id)
+        """Put the token that was sampled in the place of the oldest placeholder."""
+        self.token_ids[self.num_known_tokens] = token_id
+        self.num_pending_tokens -= 1
 
     def finish(self, reason: str) -> None:
-        """Mark the sequence finished, for the reason that the caller will read."""
+        """Mark the sequence finished, for the reason that the caller will read.
+
+        What a step that still runs samples for it is not wanted.
+        """
+        del self.token_ids[self.num_known_tokens :]
+        self.num_pending_tokens = 0
         self.status = SequenceStatus.FINISHED
         self.finish_reason = reason

@@ -1,10 +1,16 @@
 """Attention, and the cache of keys and values that it reads."""
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
+from nanovllm.config import Config
+from nanovllm.kernels.decode_attention import paged_decode_attention
+from nanovllm.kernels.jit import is_interpreted
+from nanovllm.kernels.prefill_attention import paged_prefill_attention
 from nanovllm.utils.context import Context, get_context
 
 
@@ -28,18 +34,14 @@ def paged_attention(
     v_cache: torch.Tensor,
     context: Context,
     scale: float,
+    backend: str = "torch",
 ) -> torch.Tensor:
     """Each sequence's new tokens attend to what its blocks hold.
 
     q: [num_tokens, num_heads, head_dim] -> the same shape; k_cache, v_cache: [num_blocks,
     block_size, num_kv_heads, head_dim], the new tokens' keys and values already among them.
     """
-    outputs = []
-    if context.num_decodes > 0:
-        outputs.append(decode_attention(q, k_cache, v_cache, context, scale))
-    if context.num_decodes < len(context.context_lens):
-        outputs.append(prefill_attention(q, k_cache, v_cache, context, scale))
-    return torch.cat(outputs)
+    return BACKENDS[backend](q, k_cache, v_cache, context, scale)
 
 
 class Attention(nn.Module):
@@ -48,29 +50,14 @@ class Attention(nn.Module):
     def __init__(self, scale: float):
         super().__init__()
         self.scale = scale
-        self.k_cache = self.v_cache = torch.empty(0)  # the model runner sets them
+        self.k_cache = self.v_cache = torch.empty(0)  # the model runner sets these three
+        self.backend = "torch"
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q: [num_tokens, num_heads, head_dim] -> the same shape"""
-        context = get_context()
-        store_kvcache(k, v, self.k_cache, self.v_cache, context.slot_mapping)
-        return paged_attention(q, self.k_cache, self.v_cache, context, self.scale)
-
-
-def store_kvcache(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> None:
-    """Write each token's key and value into its slot.
-
-    k, v: [num_tokens, num_kv_heads, head_dim]; k_cache, v_cache: [..., num_kv_heads, head_dim],
-    whose leading dimensions, flattened, number the slots; slot_mapping: [num_tokens] int64.
-    """
-    k_cache.view(-1, *k.shape[1:])[slot_mapping] = k
-    v_cache.view(-1, *v.shape[1:])[slot_mapping] = v
+    def attend(self, q: torch.Tensor) -> torch.Tensor:
+        """q: [num_tokens, num_heads, head_dim] -> the same shape. The cache has k and v already."""
+        return paged_attention(
+            q, self.k_cache, self.v_cache, get_context(), self.scale, self.backend
+        )
 
 
 def prefill_attention(
@@ -118,3 +105,98 @@ def gather_kv(
     """
     k, v = (cache.flatten(0, 1).index_select(0, slots.flatten()) for cache in (k_cache, v_cache))
     return k.view(*slots.shape, *k.shape[1:]), v.view(*slots.shape, *v.shape[1:])
+
+
+def torch_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    context: Context,
+    scale: float,
+) -> torch.Tensor:
+    """Decodes and prompts in torch: for a CPU, and to test the kernels by."""
+    outputs = []
+    if context.num_decodes > 0:
+        outputs.append(decode_attention(q, k_cache, v_cache, context, scale))
+    if context.num_decodes < len(context.block_tables):
+        outputs.append(prefill_attention(q, k_cache, v_cache, context, scale))
+    return torch.cat(outputs)
+
+
+def triton_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    context: Context,
+    scale: float,
+) -> torch.Tensor:
+    """Decodes and prompts by this project's kernels."""
+    out, n, tables = torch.empty_like(q), context.num_decodes, context.block_tables
+    lens, starts = context.on_device()
+    if n > 0:
+        paged_decode_attention(
+            q, k_cache, v_cache, tables[:n], lens, scale, out, order=context.order
+        )
+    if n < len(tables):
+        paged_prefill_attention(
+            q, k_cache, v_cache, tables[n:], lens[n:], starts[n:], context.max_new, scale, out
+        )
+    return out
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    context: Context,
+    scale: float,
+) -> torch.Tensor:
+    """Decodes and prompts by the library flash-attn (Dao 2023)."""
+    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+
+    out, n, tables = torch.empty_like(q), context.num_decodes, context.block_tables
+    lens, starts = context.on_device()
+    if n > 0:
+        settings = dict(softmax_scale=scale, causal=True, block_table=tables[:n])
+        out[:n] = flash_attn_with_kvcache(
+            q[:n].unsqueeze(1), k_cache, v_cache, cache_seqlens=lens[:n], **settings
+        ).squeeze(1)
+    if n < len(tables):
+        settings = dict(softmax_scale=scale, causal=True, block_table=tables[n:])
+        ends = F.pad(lens[n:].cumsum(0, dtype=torch.int32), (1, 0))
+        longest = tables.shape[1] * k_cache.shape[1]
+        out[n:] = flash_attn_varlen_func(
+            q[n:], k_cache, v_cache, starts[n:] - n, ends, context.max_new, longest, **settings
+        )
+    return out
+
+
+BACKENDS = {"torch": torch_attention, "triton": triton_attention, "flash_attn": flash_attention}
+
+
+def choose_backend(config: Config, head_dim: int) -> str:
+    """The attention backend that `config` asks for; ValueError where it can't be had.
+
+    "auto" is our kernels on a GPU: flash-attn was not the faster one on any shape that we measured.
+    """
+    name, device = config.attention_backend, config.torch_device
+    fits = 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
+    if name == "auto":
+        return "triton" if device.type == "cuda" and fits else "torch"
+    asked = f"attention_backend={name!r}"
+    if name != "torch" and device.type != "cuda" and not (name == "triton" and is_interpreted()):
+        raise ValueError(f"{asked} needs a GPU, the device is {device}")
+    if name == "triton" and not fits:
+        raise ValueError(f"{asked} needs a head_dim of 16, 32, 64, 128 or 256, got {head_dim}")
+    if name == "flash_attn":
+        if importlib.util.find_spec("flash_attn") is None:
+            raise ValueError(f"{asked} needs the package flash-attn, which is not installed")
+        if config.kvcache_block_size % 256:
+            size = config.kvcache_block_size
+            raise ValueError(f"{asked} needs a kvcache_block_size of 256 or a multiple, got {size}")
+        if config.torch_dtype == torch.float32 or head_dim % 8 or head_dim > 256:
+            raise ValueError(
+                f"{asked} needs bfloat16 or float16 and a head_dim of at most 256, a multiple of "
+                f"8; got {config.torch_dtype} and {head_dim}"
+            )
+    return name

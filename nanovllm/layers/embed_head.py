@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.small_linear import is_small, small_linear
+
 
 class Embedding(nn.Module):
     """Looks up a vector per token. token_ids: [num_tokens] -> [num_tokens, hidden_size]"""
@@ -20,4 +22,6 @@ class LMHead(Embedding):
     """Scores every token. hidden: [num_seqs, hidden_size] -> logits: [num_seqs, vocab_size]"""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if is_small(hidden):
+            return small_linear(hidden, self.weight)
         return F.linear(hidden, self.weight)

@@ -1,14 +1,15 @@
 """Root-mean-square normalisation."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from nanovllm.kernels.add_rms_norm import add_rms_norm
 
 
 class RMSNorm(nn.Module):
     """Divide each vector by its root mean square, then scale each channel (Zhang & Sennrich 2019).
 
-    x: [..., size] -> [..., size]; the mean is taken in float32 whatever the type of x.
+    The mean is taken in float32 whatever the type of x.
     """
 
     def __init__(self, size: int, eps: float):
@@ -16,5 +17,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(
+        self, x: torch.Tensor, stream: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add x to the stream; returns the normalised stream, and the stream.
+
+        x, stream: [num_tokens, size]; None for a stream that begins with x.
+        """
+        return add_rms_norm(x, stream, self.weight, self.eps)

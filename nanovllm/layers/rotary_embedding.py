@@ -6,15 +6,6 @@ import torch
 from torch import nn
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn channel i and channel i + head_dim/2 of each head by the angle of its position.
-
-    x: [num_tokens, num_heads, head_dim]; cos, sin: [num_tokens, 1, head_dim / 2] in float32
-    """
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
-
-
 def rope_frequencies(
     head_dim: int, theta: float, max_position: int, scaling: dict
 ) -> tuple[torch.Tensor, float]:
@@ -48,10 +39,6 @@ class RotaryEmbedding(nn.Module):
         # [num_positions, 2, 1, head_dim / 2]: cos and sin of a position lie side by side
         table = torch.stack((angles.cos(), angles.sin()), dim=1).unsqueeze(2) * factor
         self.register_buffer("cos_sin", table, persistent=False)
-
-    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions: [num_tokens] -> cos, sin: [num_tokens, 1, head_dim / 2]"""
-        return self.cos_sin[positions].unbind(1)
 
 
 def yarn_frequencies(

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nanovllm.kernels.jit import uses_triton
+from nanovllm.kernels.sample import sample
+
 MASK32 = 0xFFFFFFFF
 
 
@@ -66,6 +69,8 @@ class Sampler(nn.Module):
 
     def forward(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
         """logits: [num_seqs, vocab_size] -> token_ids: [num_seqs] int64"""
+        if uses_triton(logits) and not sampling.any_filtered:
+            return sample(logits, sampling.temperatures, sampling.seeds, sampling.positions)
         greedy = logits.argmax(dim=-1)
         if sampling.all_greedy:
             return greedy

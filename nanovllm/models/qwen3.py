@@ -4,14 +4,17 @@ import torch
 from torch import nn
 
 from nanovllm.config import ModelConfig
-from nanovllm.layers.activation import silu_and_mul
+from nanovllm.kernels.norm_rope_store import norm_rope_store
+from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.kernels.small_linear import is_small, small_linear
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import Linear
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from nanovllm.layers.linear import Linear, MergedLinear
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.utils.context import get_context
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
+Rotary = tuple[torch.Tensor, torch.Tensor]  # positions, and the table of their angles
 
 
 class Qwen3Attention(nn.Module):
@@ -19,12 +22,10 @@ class Qwen3Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim = config.head_dim
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_size, bias=config.attention_bias)
-        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.attention_bias)
         self.o_proj = Linear(q_size, config.hidden_size, bias=config.attention_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -32,12 +33,17 @@ class Qwen3Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         """x: [num_tokens, hidden_size] -> the same shape"""
-        q = self.q_proj(x).view(len(x), -1, self.head_dim)  # [num_tokens, num_heads, head_dim]
-        k = self.k_proj(x).view(len(x), -1, self.head_dim)  # [num_tokens, num_kv_heads, head_dim]
-        v = self.v_proj(x).view(len(x), -1, self.head_dim)
-        q = apply_rotary(self.q_norm(q), *rotary)
-        k = apply_rotary(self.k_norm(k), *rotary)
-        return self.o_proj(self.attn(q, k, v).flatten(1))
+        q = norm_rope_store(
+            self.qkv_proj(x),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.q_norm.eps,
+            *rotary,
+            self.attn.k_cache,
+            self.attn.v_cache,
+            get_context().slot_mapping,
+        )
+        return self.o_proj(self.attn.attend(q).flatten(1))
 
 
 class Qwen3MLP(nn.Module):
@@ -45,13 +51,15 @@ class Qwen3MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+        self.gate_up_proj = MergedLinear(config.hidden_size, parts)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_tokens, hidden_size] -> the same shape"""
-        return self.down_proj(silu_and_mul(self.gate_proj(x), self.up_proj(x)))
+        if is_small(x):
+            return self.down_proj(small_linear(x, self.gate_up_proj.weight, silu=True))
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
 
 
 class Qwen3DecoderLayer(nn.Module):
@@ -64,10 +72,14 @@ class Qwen3DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-        """x: [num_tokens, hidden_size] -> the same shape"""
-        x = x + self.self_attn(self.input_layernorm(x), rotary)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: torch.Tensor, stream: torch.Tensor | None, rotary: Rotary
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, what is to be added to the stream: [num_tokens, hidden_size] -> the next x, stream"""
+        x, stream = self.input_layernorm(x, stream)
+        x = self.self_attn(x, rotary)
+        x, stream = self.post_attention_layernorm(x, stream)
+        return self.mlp(x), stream
 
 
 class Qwen3Model(nn.Module):
@@ -89,11 +101,11 @@ class Qwen3Model(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """input_ids, positions: [num_tokens] -> [num_tokens, hidden_size]"""
-        x = self.embed_tokens(input_ids)
-        rotary = self.rotary_emb(positions)
+        x, stream = self.embed_tokens(input_ids), None
+        rotary = (positions, self.rotary_emb.cos_sin)
         for layer in self.layers:
-            x = layer(x, rotary)
-        return self.norm(x)
+            x, stream = layer(x, stream, rotary)
+        return self.norm(x, stream)[0]
 
 
 class Qwen3ForCausalLM(nn.Module):

@@ -1,5 +1,6 @@
 """What attention needs to know about the batch that is being run."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,24 @@ class Context:
     num_decodes: int = 0
     cu_seqlens: list[int] | None = None  # sequence i owns tokens [cu[i], cu[i + 1]); None: one each
     known_slots: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    lens: torch.Tensor | None = None  # context_lens on the device, [num_seqs] int32
+    starts: torch.Tensor | None = None  # cu_seqlens on the device, [num_seqs + 1] int32
+    order: torch.Tensor | None = None  # the decodes, the longest first, [num_decodes] int32
+
+    @property
+    def max_new(self) -> int:
+        """The most tokens that a sequence brings."""
+        return max((b - a for a, b in itertools.pairwise(self.cu_seqlens)), default=0)
+
+    def on_device(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`lens` and `starts`, for the kernels; like the slots, all layers ask for the same."""
+        if self.lens is None:
+            kind = dict(dtype=torch.int32, device=self.slot_mapping.device)
+            self.lens = torch.tensor(self.context_lens, **kind)
+            self.order = self.lens[: self.num_decodes].argsort(descending=True).int()
+            if self.cu_seqlens is not None:
+                self.starts = torch.tensor(self.cu_seqlens, **kind)
+        return self.lens, self.starts
 
     def slots(self, start: int, stop: int, block_size: int) -> torch.Tensor:
         """Where the tokens of sequences start … stop - 1 lie, [stop - start, longest] int64.

@@ -10,6 +10,7 @@ from torch import nn
 
 import nanovllm
 from nanovllm.config import read_json
+from nanovllm.layers.linear import MergedLinear
 
 BUNDLED_MODEL = Path(nanovllm.__path__[0]) / "tiny"
 
@@ -19,7 +20,7 @@ def load_model(model: nn.Module, folder: Path) -> None:
 
     ValueError for a tensor that is missing or does not fit; a warning for one that nothing uses.
     """
-    parameters = dict(model.named_parameters())
+    parameters = targets(model)
     missing, unused = set(parameters), []
     for name, tensor in checkpoint_tensors(folder):
         if name not in parameters:
@@ -39,6 +40,20 @@ def load_model(model: nn.Module, folder: Path) -> None:
     unused = [name for name in unused if name != "lm_head.weight"]
     if unused:
         warnings.warn(f"{folder}: nothing uses {', '.join(sorted(unused)[:8])}", stacklevel=2)
+
+
+def targets(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Where each tensor of a checkpoint goes: to a parameter, or to a part of a merged one."""
+    found = dict(model.named_parameters())
+    for path, module in model.named_modules():
+        if not isinstance(module, MergedLinear):
+            continue
+        for kind, _ in module.named_parameters():  # weight, bias
+            merged = found.pop(f"{path}.{kind}")
+            parts = merged.split(list(module.output_sizes.values()))
+            for name, part in zip(module.output_sizes, parts, strict=True):
+                found[f"{path.rpartition('.')[0]}.{name}.{kind}"] = part
+    return found
 
 
 def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

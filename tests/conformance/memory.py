@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+
+from device import build, offered
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence
-
-OPTIONS = {spec.name for spec in fields(Config)}
-
-
-def offered(**options) -> dict:
-    """Those of the options that the package under test has."""
-    return {name: value for name, value in options.items() if name in OPTIONS}
-
 
 NO_PREFIX_CACHE = offered(enable_prefix_caching=False)
 # in place of BlockManager.compute_hash: hashes that collide
@@ -31,7 +23,7 @@ def engine(kvcache_block_size: int = 256, **options) -> Iterator[LLM]:
     Its pool holds 8192 tokens unless `num_kvcache_blocks` says otherwise.
     """
     options = {"num_kvcache_blocks": -(-8192 // kvcache_block_size), **options}
-    llm = LLM(device="cpu", dtype="float32", kvcache_block_size=kvcache_block_size, **options)
+    llm = build(dtype="float32", kvcache_block_size=kvcache_block_size, **options)
     yield llm
     check_empty(llm)
     llm.exit()
@@ -154,10 +146,17 @@ def admit(manager: BlockManager, *seqs: Sequence) -> None:
         manager.cache_blocks(seq, len(seq))
 
 
+def append(seq: Sequence, token_id: int) -> None:
+    """Append a token that has been sampled, which a step expects from chapter 7 on."""
+    if hasattr(seq, "expect_token"):
+        seq.expect_token(0)
+    seq.append_token(token_id)
+
+
 def grow(manager: BlockManager, seq: Sequence, *token_ids: int) -> None:
     """Append tokens to a sequence that has blocks, as steps would."""
     for token_id in token_ids:
-        seq.append_token(token_id)
+        append(seq, token_id)
         manager.may_append(seq)
         manager.cache_blocks(seq, len(seq))
 

@@ -6,10 +6,11 @@ import warnings
 
 import pytest
 import torch
+from device import build
 from results import results
 from safetensors.torch import load_file, save_file
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import SamplingParams
 
 GOOD = SamplingParams
 
@@ -148,7 +149,7 @@ def test_bad_stream_is_refused_at_the_call(llm):
 )
 def test_bad_engine_option_is_named(options, named):
     with pytest.raises(ValueError, match=named):
-        LLM(**options)
+        build(**options)
 
 
 @pytest.fixture
@@ -289,13 +290,13 @@ def test_broken_checkpoint_is_named(breakage, checkpoint):
     damage, named = BREAKAGES[breakage]
     damage(checkpoint)
     with pytest.raises(ValueError, match=named):
-        LLM(str(checkpoint))
+        build(checkpoint)
 
 
 def test_tensor_that_nothing_uses_is_a_warning(checkpoint):
     edit_tensors(checkpoint, lambda t: t.update({"model.extra": torch.zeros(3)}))
     with pytest.warns(UserWarning, match="model.extra"):
-        LLM(str(checkpoint), device="cpu")
+        build(checkpoint)
 
 
 def test_lm_head_beside_tied_embeddings_is_no_warning(checkpoint):
@@ -304,13 +305,13 @@ def test_lm_head_beside_tied_embeddings_is_no_warning(checkpoint):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        LLM(str(checkpoint), device="cpu")
+        build(checkpoint)
 
 
 def test_text_needs_a_tokenizer_and_token_ids_do_not(checkpoint):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (checkpoint / name).unlink()
-    llm = LLM(str(checkpoint), device="cpu")
+    llm = build(checkpoint)
     with pytest.raises(ValueError, match="tokenizer"):
         llm.generate("Hello")
     with pytest.raises(ValueError, match="tokenizer"):
@@ -322,6 +323,6 @@ def test_dummy_weights_need_a_config_alone(checkpoint):
     for file in checkpoint.iterdir():
         if file.name != "config.json":
             file.unlink()
-    llm = LLM(str(checkpoint), load_format="dummy", device="cpu")
+    llm = build(checkpoint, load_format="dummy")
     out = llm.generate([[5, 6]], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
     assert len(out[0]["token_ids"]) == 3

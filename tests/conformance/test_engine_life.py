@@ -4,9 +4,10 @@ import random
 
 import pytest
 import torch
+from device import PLAIN, build
 from results import results
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -46,7 +47,8 @@ def test_interrupted_stream_leaves_an_empty_usable_engine(llm, monkeypatch):
     assert results(llm.generate("Hello", GREEDY, use_tqdm=False)) == expected
 
 
-def test_exception_inside_a_layer_leaves_no_batch_behind(llm, monkeypatch):
+def test_exception_inside_a_layer_leaves_no_batch_behind(make_llm, monkeypatch):
+    llm = make_llm(**PLAIN)
     expected = results(llm.generate("Hello", GREEDY, use_tqdm=False))
     with monkeypatch.context() as patch:
         layer = llm.model_runner.model.model.layers[-1]
@@ -61,7 +63,7 @@ def test_exception_inside_a_layer_leaves_no_batch_behind(llm, monkeypatch):
 
 
 def test_two_engines_interleave(llm):
-    other = LLM(dtype="float32", device="cpu")
+    other = build(dtype="float32")
     expected = llm.generate("Hello", GREEDY, use_tqdm=False)[0]["token_ids"]
     streams = [llm.stream("Hello", GREEDY), other.stream("Hello", GREEDY)]
     pieces = list(zip(*streams, strict=True))
@@ -124,7 +126,7 @@ def test_a_failed_construction_leaves_the_defaults_and_the_next_engine_alone(tmp
 
 
 def test_exit_twice_is_fine_and_use_after_it_is_an_error():
-    llm = LLM(device="cpu")
+    llm = build()
     begun = llm.stream("Hello")
     llm.exit()
     llm.exit()

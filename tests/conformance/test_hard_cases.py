@@ -4,9 +4,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 import pytest
+from device import build
 from results import results
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -35,7 +36,7 @@ def test_generate_between_two_pieces_of_a_stream_takes_nothing_from_it(llm):
 
 @pytest.mark.parametrize("how", ["abort", "reset", "exit"])
 def test_a_stream_whose_request_is_gone_ends_as_aborted(how):
-    llm = LLM(dtype="float32", device="cpu")
+    llm = build(dtype="float32")
     stream = llm.stream("Hello", GREEDY)
     first = next(stream)
     {"abort": lambda: llm.abort(0), "reset": llm.reset, "exit": llm.exit}[how]()
@@ -74,7 +75,7 @@ def test_a_refused_call_does_not_move_the_engines_seeds(make_llm):
 
 
 def test_a_model_may_be_a_path(bundled):
-    LLM(Path(bundled), device="cpu").exit()
+    build(Path(bundled)).exit()
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-38, 1e-40, 1e-60])

@@ -5,9 +5,10 @@ import shutil
 from random import Random
 
 import pytest
+from device import build
 from results import results
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import SamplingParams
 
 PROMPTS = ["Once upon a time", "One day, Tom", "Hello", "The little fox"]
 
@@ -40,7 +41,7 @@ def test_seeds_differ_and_repeat(llm):
 def test_engine_seed_repeats_a_run():
     runs = []
     for seed in (5, 5, 6):
-        llm = LLM(dtype="float32", device="cpu", seed=seed)
+        llm = build(dtype="float32", seed=seed)
         runs.append(tokens(llm, PROMPTS[:2], SamplingParams(max_tokens=12, ignore_eos=True)))
         llm.exit()
     assert runs[0] == runs[1] != runs[2]

@@ -4,7 +4,7 @@ from itertools import permutations
 from random import Random
 
 import pytest
-from memory import free_ids, make_seq, num_free
+from memory import append, free_ids, make_seq, num_free
 
 from nanovllm.engine.block_manager import BlockManager
 
@@ -42,7 +42,7 @@ def test_a_sequence_owns_as_many_blocks_as_its_tokens_fill(size, edge, offset):
         assert len({*seq.block_table, *other.block_table}) == len(seq.block_table) + 1
         manager.check_integrity([seq, other])
         before = list(seq.block_table)
-        seq.append_token(token_id)
+        append(seq, token_id)
         manager.may_append(seq)
         manager.may_append(seq)  # once is enough
         assert seq.block_table[: len(before)] == before, "a block that is in use has moved"
@@ -86,7 +86,7 @@ def test_the_books_are_right_after_every_random_operation(size):
         elif seqs and random.random() < 0.7:
             seq = random.choice(seqs)
             if num_free(manager) or len(seq) % size:
-                seq.append_token(number)
+                append(seq, number)
                 manager.may_append(seq)
         elif manager.blocks_for(fitting) <= num_free(manager):
             seqs.append(distinct_seq(number, fitting))

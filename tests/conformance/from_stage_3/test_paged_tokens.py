@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 from checkpoints import random_prompts
+from device import build
 from memory import (
     NO_PREFIX_CACHE,
     add_all,
@@ -133,7 +134,7 @@ def test_aborted_requests_give_their_blocks_back():
 )
 def test_a_bad_cache_is_refused(options, named):
     with pytest.raises(ValueError, match=named):
-        LLM(device="cpu", **options)
+        build(**options)
 
 
 def test_a_request_that_can_never_fit_is_refused_and_nothing_is_left():

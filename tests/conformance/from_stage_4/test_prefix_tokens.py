@@ -8,6 +8,7 @@ from itertools import count
 import pytest
 import torch
 from checkpoints import random_prompts
+from device import PLAIN
 from memory import (
     HASHES,
     NO_PREFIX_CACHE,
@@ -74,7 +75,7 @@ def test_colliding_hashes_change_no_token(monkeypatch, options, kind):
 def test_a_known_prompt_runs_only_what_is_behind_its_last_full_block(monkeypatch, length):
     """And its last token in any case: its logits are wanted."""
     prompt = SHARED[:length]
-    with engine(kvcache_block_size=16) as llm:
+    with engine(kvcache_block_size=16, **PLAIN) as llm:
         expected = tokens(llm, prompt, greedy(3))
         lengths = run_lengths(llm, monkeypatch)
         assert tokens(llm, prompt, greedy(3)) == expected
@@ -84,7 +85,7 @@ def test_a_known_prompt_runs_only_what_is_behind_its_last_full_block(monkeypatch
 def test_a_found_block_is_not_written_again():
     """Neither by the prompt's last token, which is run once more, nor by what follows."""
     prompt = SHARED[:32]
-    with engine(kvcache_block_size=16, num_kvcache_blocks=8) as llm:
+    with engine(kvcache_block_size=16, num_kvcache_blocks=8, **PLAIN) as llm:
         tokens(llm, prompt, greedy(1))
         pool = llm.model_runner.kv_cache[:, :, : block_manager(llm).num_blocks]
         pool.fill_(0.25)
@@ -100,7 +101,7 @@ def test_a_found_block_is_not_written_again():
 
 
 def test_equal_prompts_of_one_step_share_their_blocks(monkeypatch):
-    with engine(kvcache_block_size=16) as llm:
+    with engine(kvcache_block_size=16, **PLAIN) as llm:
         lengths = run_lengths(llm, monkeypatch)
         prompts = [SHARED[:40]] * 4 + [SHARED[:32]]
         expected = tokens(llm, prompts[:1], greedy(5))
@@ -136,7 +137,7 @@ def test_hits_are_counted():
 
 
 def test_prompts_that_differ_early_share_nothing_behind_it(monkeypatch):
-    with engine(kvcache_block_size=8) as llm:
+    with engine(kvcache_block_size=8, **PLAIN) as llm:
         tokens(llm, SHARED, greedy(1))
         lengths = run_lengths(llm, monkeypatch)
         for place in (0, 8, 16, 23):
@@ -149,7 +150,7 @@ def test_prompts_that_differ_early_share_nothing_behind_it(monkeypatch):
 
 
 def test_without_prefix_caching_every_prompt_is_run_whole(monkeypatch):
-    with engine(kvcache_block_size=16, enable_prefix_caching=False) as llm:
+    with engine(kvcache_block_size=16, enable_prefix_caching=False, **PLAIN) as llm:
         lengths = run_lengths(llm, monkeypatch)
         for _ in range(2):
             tokens(llm, [SHARED, SHARED], greedy(2))
@@ -159,8 +160,11 @@ def test_without_prefix_caching_every_prompt_is_run_whole(monkeypatch):
 
 def negate_values(llm: LLM) -> None:
     """New weights: the first layer's values turn round."""
+    attention, shape = llm.model_runner.model.model.layers[0].self_attn, llm.model_config
+    merged = hasattr(attention, "qkv_proj")  # from chapter 6 on; its last rows are v's
+    weight = attention.qkv_proj.weight if merged else attention.v_proj.weight
     with torch.no_grad():
-        llm.model_runner.model.model.layers[0].self_attn.v_proj.weight.neg_()
+        weight[-shape.num_key_value_heads * shape.head_dim :].neg_()
 
 
 def test_after_a_reset_new_weights_give_their_own_tokens():
@@ -204,7 +208,7 @@ def test_a_failed_step_leaves_nothing_to_be_found(monkeypatch):
     def broken(*args):
         raise KeyboardInterrupt
 
-    with engine(kvcache_block_size=4) as llm:
+    with engine(kvcache_block_size=4, **PLAIN) as llm:
         expected = tokens(llm, SHARED, greedy(5))
         llm.reset_prefix_cache()
         with monkeypatch.context() as patch:

@@ -6,6 +6,7 @@ from itertools import count
 
 import pytest
 from checkpoints import random_prompts
+from device import PLAIN
 from memory import (
     add_all,
     alone,
@@ -126,7 +127,7 @@ def ticking(monkeypatch):
 
 def test_times_are_measured_from_the_arrival(ticking):
     """A prompt of three chunks and four tokens: a step is a second."""
-    with engine(max_num_batched_tokens=10) as llm:
+    with engine(max_num_batched_tokens=10, **PLAIN) as llm:
         (out,) = llm.generate(PROMPTS[1], greedy(4), use_tqdm=False)
     assert out["metrics"] == dict(
         time_to_first_token=3.0, time_per_output_token=1.0, num_cached_tokens=0, num_preemptions=0
@@ -134,7 +135,7 @@ def test_times_are_measured_from_the_arrival(ticking):
 
 
 def test_waiting_counts_and_one_token_has_no_time_per_token(ticking):
-    with engine(max_num_seqs=1) as llm:
+    with engine(max_num_seqs=1, **PLAIN) as llm:
         outputs = llm.generate(PROMPTS[:3], [greedy(n) for n in (1, 1, 3)], use_tqdm=False)
     times = [tuple(out["metrics"].values())[:2] for out in outputs]
     assert times == [(3.0, None), (3.0, None), (3.0, 1.0)], "added at 100, 101, 102"
@@ -170,7 +171,7 @@ def test_preemptions_are_counted_and_a_request_does_not_hit_itself():
 
 
 def test_the_last_piece_of_a_stream_has_the_metrics(ticking):
-    with engine() as llm:
+    with engine(**PLAIN) as llm:
         pieces = list(llm.stream(PROMPTS[0], greedy(6)))
         assert not any("metrics" in piece for piece in pieces[:-1])
         assert pieces[-1]["metrics"]["time_to_first_token"] == 1.0

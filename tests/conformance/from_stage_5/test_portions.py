@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 from checkpoints import random_prompts
+from device import PLAIN
 from memory import (
     add_all,
     alone,
@@ -67,7 +68,7 @@ def test_chunks_may_end_anywhere(monkeypatch, budget, length):
     """Inside a block, at its edge, a token before or behind it; the last may be a single token."""
     prompt = (SHARED + TAILS[0])[:length]
     (expected,) = alone([prompt], [greedy(10)])
-    with engine(kvcache_block_size=BLOCK, max_num_batched_tokens=budget) as llm:
+    with engine(kvcache_block_size=BLOCK, max_num_batched_tokens=budget, **PLAIN) as llm:
         lengths = run_lengths(llm, monkeypatch)
         assert tokens(llm, prompt, greedy(10)) == [expected]
         whole, rest = divmod(length, budget)
@@ -82,7 +83,7 @@ def test_a_long_prompt_does_not_hold_up_a_request_that_runs(monkeypatch, budget)
     """It gets what the other leaves of each step's budget."""
     prompts, params = [TAILS[1], PROMPTS[-1]], [greedy(60), greedy(5)]
     expected = alone(prompts, params)
-    with engine(kvcache_block_size=BLOCK, max_num_batched_tokens=budget) as llm:
+    with engine(kvcache_block_size=BLOCK, max_num_batched_tokens=budget, **PLAIN) as llm:
         first = llm.add_request(prompts[0], params[0])
         while not any(seq.seq_id == first for seq in llm.step()):
             pass
@@ -105,7 +106,7 @@ def test_a_long_prompt_does_not_hold_up_a_request_that_runs(monkeypatch, budget)
 def test_what_a_cancelled_request_has_not_computed_is_not_found(num_steps):
     """Its blocks lie there with what was in them before."""
     (expected,) = alone([SHARED], [greedy(10)])
-    with engine(kvcache_block_size=BLOCK, max_num_batched_tokens=12) as llm:
+    with engine(kvcache_block_size=BLOCK, max_num_batched_tokens=12, **PLAIN) as llm:
         llm.model_runner.kv_cache.fill_(1e4)
         seq_id = llm.add_request(SHARED, greedy(10))
         for _ in range(num_steps):
@@ -119,7 +120,7 @@ def test_a_preempted_request_finds_what_is_left_of_it():
     """The pool holds one to its end and half of the other, which then goes on from there."""
     prompts, params = random_prompts((8, 8), 1536, seed=10), [greedy(20), greedy(16)]
     expected = alone(prompts, params)
-    with engine(kvcache_block_size=4, num_kvcache_blocks=8) as llm:
+    with engine(kvcache_block_size=4, num_kvcache_blocks=8, **PLAIN) as llm:
         ids = add_all(llm, prompts, params)
         llm.step()
         first, second = llm.scheduler.running
@@ -141,7 +142,7 @@ def test_a_preempted_request_runs_again_only_what_was_taken_from_it(monkeypatch)
     """The other took one block, the end of its text, and is then cancelled."""
     prompts, params = random_prompts((12, 12), 1536, seed=11), [greedy(20), greedy(16)]
     expected = alone(prompts, params)
-    with engine(kvcache_block_size=4, num_kvcache_blocks=8) as llm:
+    with engine(kvcache_block_size=4, num_kvcache_blocks=8, **PLAIN) as llm:
         add_all(llm, prompts, params)
         llm.step()
         first, second = llm.scheduler.running

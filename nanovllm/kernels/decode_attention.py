@@ -1,0 +1,166 @@
+"""Attention of one new token a sequence over its blocks, split over the context."""
+
+import torch
+
+from nanovllm.kernels.jit import overlaps, tl, triton, wait_for_inputs
+
+CHUNK = tl.constexpr(16)  # parts that are joined at a time
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def decode_kernel(
+    out, partial, lse, counters, q, k_cache, v_cache, block_tables, context_lens, order, scale,
+    table_stride, num_splits,
+    BLOCK_SIZE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, GROUP_ROWS: tl.constexpr, TILE: tl.constexpr,
+    IS_SPLIT: tl.constexpr, IS_ORDERED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence, key head and part; the last part to end joins them all.
+
+    The GROUP query heads that share a key head are the rows of one matrix, so each key and value
+    is read once; the tensor cores want 16 rows, the others are padding.
+    """
+    seq, kv_head = tl.program_id(0) // NUM_KV_HEADS, tl.program_id(0) % NUM_KV_HEADS
+    split, num_rows = tl.program_id(1), tl.num_programs(0)
+    row, channel, column = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM), tl.arange(0, TILE)
+    wait_for_inputs(PDL)
+    if IS_ORDERED:
+        seq = tl.load(order + seq)
+    item = seq * NUM_KV_HEADS + kv_head
+    context_len = tl.load(context_lens + seq)
+    per_split = tl.cdiv(tl.cdiv(context_len, TILE), num_splits) * TILE
+    start = split * per_split
+    stop = tl.minimum(start + per_split, context_len)
+    q_row = (item.to(tl.int64) * GROUP + row[:, None]) * HEAD_DIM + channel[None, :]
+    is_head = row[:, None] < GROUP
+    queries = tl.load(q + q_row, mask=is_head, other=0.0)
+    best = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mean = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    table = block_tables + seq.to(tl.int64) * table_stride
+    for at in range(start, stop, TILE):
+        there = at + column < stop
+        if BLOCK_SIZE % TILE == 0:  # the tile lies in one block
+            block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
+            slot = block * BLOCK_SIZE + at % BLOCK_SIZE + column
+        else:
+            place = at + column
+            block = tl.load(table + place // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
+            slot = block * BLOCK_SIZE + place % BLOCK_SIZE
+        where = (slot[:, None] * NUM_KV_HEADS + kv_head) * HEAD_DIM + channel[None, :]
+        keys = tl.load(k_cache + where, mask=there[:, None], other=0.0)
+        values = tl.load(v_cache + where, mask=there[:, None], other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(there[None, :], scores, -float("inf"))
+        new_best = tl.maximum(best, tl.max(scores, axis=1))
+        shrink = tl.exp2(best - new_best)
+        probs = tl.exp2(scores - new_best[:, None])
+        total = total * shrink + tl.sum(probs, axis=1)
+        mean = mean * shrink[:, None]
+        mean += tl.dot(probs.to(values.dtype), values, input_precision="ieee")
+        best = new_best
+    mean = mean / tl.where(total > 0, total, 1.0)[:, None]
+    if not IS_SPLIT:
+        tl.store(out + q_row, mean.to(out.dtype.element_ty), mask=is_head)
+    else:
+        at = (split * num_rows + item) * GROUP
+        tl.store(
+            partial + (at + row[:, None]).to(tl.int64) * HEAD_DIM + channel[None, :], mean,
+            mask=is_head,
+        )  # fmt: skip
+        weight = tl.where(total > 0, best + tl.log2(tl.where(total > 0, total, 1.0)), -float("inf"))
+        tl.store(lse + at + row, weight, mask=row < GROUP)
+        tl.debug_barrier()  # all of this part is written before it is counted
+        if tl.atomic_add(counters + item, 1, sem="acq_rel") == num_splits - 1:
+            tl.store(counters + item, 0)
+            head = tl.arange(0, GROUP_ROWS)
+            best_all = tl.full([GROUP_ROWS], -float("inf"), tl.float32)
+            total_all = tl.zeros([GROUP_ROWS], tl.float32)
+            sum_all = tl.zeros([GROUP_ROWS, HEAD_DIM], tl.float32)
+            used = tl.cdiv(context_len, tl.maximum(per_split, 1))
+            for first in range(0, used, CHUNK):
+                part = first + tl.arange(0, CHUNK)
+                source = (part[:, None] * num_rows + item) * GROUP + head[None, :]
+                mask = (part[:, None] < used) & (head[None, :] < GROUP)
+                weights = tl.load(
+                    lse + source, mask=mask, other=-float("inf"), cache_modifier=".cg"
+                )
+                means = tl.load(
+                    partial + source[:, :, None].to(tl.int64) * HEAD_DIM + channel[None, None, :],
+                    mask=mask[:, :, None], other=0.0, cache_modifier=".cg",
+                )  # fmt: skip
+                new = tl.maximum(best_all, tl.max(weights, axis=0))
+                safe = tl.where(new > -float("inf"), new, 0.0)
+                shrink = tl.exp2(best_all - safe)
+                weights = tl.exp2(weights - safe[None, :])
+                total_all = total_all * shrink + tl.sum(weights, axis=0)
+                sum_all = sum_all * shrink[:, None] + tl.sum(means * weights[:, :, None], axis=0)
+                best_all = new
+            mean_all = sum_all / tl.where(total_all > 0, total_all, 1.0)[:, None]
+            head_row = item.to(tl.int64) * GROUP + head[:, None]
+            tl.store(
+                out + head_row * HEAD_DIM + channel[None, :], mean_all.to(out.dtype.element_ty),
+                mask=head[:, None] < GROUP,
+            )  # fmt: skip
+
+
+LOG2_E = 1.4426950408889634
+MAX_SPLITS = 32
+_counters: dict[torch.device, torch.Tensor] = {}
+
+
+def paged_decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor | None = None,
+    num_splits: int | None = None,
+    order: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Flash-decoding (Dao et al. 2023) over a paged cache.
+
+    q: [num_tokens, num_heads, head_dim], of which the first num_seqs are looked at -> `out`, the
+    same shape; k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim]; block_tables:
+    [num_seqs, max_blocks]; context_lens: [num_seqs] int32, 0 for a row that is padding (its output
+    is 0). head_dim is a power of two. Each context is cut into `num_splits` parts, which run side
+    by side. `order`: [num_seqs] int32, in which to begin; the longest first leaves the least wait
+    at the end.
+    """
+    num_heads, head_dim = q.shape[1:]
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    group = num_heads // num_kv_heads
+    rows, pdl = len(block_tables) * num_kv_heads, overlaps(q)
+    splits = splits_for(rows, q.device) if num_splits is None else num_splits
+    is_ordered = order is not None and splits == 1
+    tile, stages = (32, 2) if q.element_size() == 4 else (64, 3)
+    out = torch.empty_like(q) if out is None else out
+    partial = q.new_empty((splits, rows, group, head_dim), dtype=torch.float32)
+    lse = q.new_empty((splits, rows, group), dtype=torch.float32)
+    decode_kernel[rows, splits](
+        out, partial, lse, counters(rows, q.device), q, k_cache, v_cache, block_tables,
+        context_lens, order if is_ordered else context_lens, scale * LOG2_E,
+        block_tables.stride(0), splits,
+        BLOCK_SIZE=block_size, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim,
+        ROWS=max(16, triton.next_power_of_2(group)), GROUP_ROWS=triton.next_power_of_2(group),
+        TILE=tile, IS_SPLIT=splits > 1, IS_ORDERED=is_ordered, PDL=pdl, launch_pdl=pdl,
+        num_warps=2, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def splits_for(rows: int, device: torch.device) -> int:
+    """So many parts that every multiprocessor has about four programs."""
+    processors = 1
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(MAX_SPLITS, 4 * processors // rows))
+
+
+def counters(num: int, device: torch.device) -> torch.Tensor:
+    """Zeros that the kernel counts in; it leaves them zero."""
+    if device not in _counters or len(_counters[device]) < num:
+        _counters[device] = torch.zeros(max(num, 1 << 14), dtype=torch.int32, device=device)
+    return _counters[device]

@@ -1,0 +1,66 @@
+"""Triton, and the question where a kernel runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+# Where there is no Triton for the system, the torch twins do all the work.
+HAS_TRITON = find_spec("triton") is not None
+ABSENT = SimpleNamespace(
+    jit=lambda function=None, **_: function or (lambda f: f), constexpr=lambda value: value
+)
+triton: Any = import_module("triton") if HAS_TRITON else ABSENT
+tl: Any = import_module("triton.language") if HAS_TRITON else ABSENT
+
+_interpreted = False
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Run kernels on CPU tensors too, in Triton's interpreter: slow, and exact enough to test.
+
+    The environment needs TRITON_INTERPRET=1 before anything imports triton; else RuntimeError.
+    """
+    global _interpreted
+    if not HAS_TRITON or not triton.knobs.runtime.interpret:
+        raise RuntimeError("set TRITON_INTERPRET=1 before triton is imported")
+    previous, _interpreted = _interpreted, True
+    try:
+        yield
+    finally:
+        _interpreted = previous
+
+
+def is_interpreted() -> bool:
+    """Do kernels run on CPU tensors at this moment?"""
+    return _interpreted
+
+
+def uses_triton(x: torch.Tensor) -> bool:
+    """Is this tensor a kernel's business (a GPU's, or anyone's while interpreted)?"""
+    return x.is_cuda or _interpreted
+
+
+def overlaps(x: torch.Tensor) -> bool:
+    """Can a kernel on this device be launched before the one in front of it has ended?
+
+    Programmatic dependent launch: from compute capability 9.0 on.
+    """
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Let the next kernel start early, then wait until the one before has written its results.
+
+    What a kernel does before this call overlaps the end of its predecessor, so it may read
+    weights, and nothing that a kernel writes.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()

@@ -1,0 +1,117 @@
+"""From the merged projection to attention: q/k norm, RoPE, and the store into the cache."""
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels.jit import overlaps, tl, triton, uses_triton, wait_for_inputs
+from nanovllm.kernels.store_kvcache import store_kvcache
+
+
+def norm_rope_store(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """Normalise each query and key, turn them by their position, store keys and values.
+
+    qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; q_weight, k_weight:
+    [head_dim]; positions, slot_mapping: [num_tokens]; cos_sin: [num_positions, 2, 1, head_dim / 2]
+    float32; k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+    Returns the queries, [num_tokens, num_heads, head_dim].
+    """
+    head_dim, num_kv_heads = len(q_weight), k_cache.shape[2]
+    if not uses_triton(qkv) or head_dim & (head_dim - 1):
+        return norm_rope_store_torch(
+            qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping
+        )
+    num_tokens, num_heads = len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads
+    q, pdl = qkv.new_empty((num_tokens, num_heads, head_dim)), overlaps(qkv)
+    group = num_heads // num_kv_heads
+    many = num_tokens > 512  # then a program takes a whole token, else a token's key head
+    heads = num_kv_heads if many else 1
+    norm_rope_store_kernel[num_tokens, num_kv_heads // heads](
+        q, qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping,
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEADS=heads,
+        ROWS=triton.next_power_of_2(heads * (group + 1)), V_ROWS=triton.next_power_of_2(heads),
+        HALF=head_dim // 2, PDL=pdl, launch_pdl=pdl, num_warps=4 if many else 1,
+    )  # fmt: skip
+    return q
+
+
+def norm_rope_store_torch(
+    qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping
+) -> torch.Tensor:
+    """The same in torch."""
+    head_dim, num_kv_heads = len(q_weight), k_cache.shape[2]
+    qkv = qkv.view(len(qkv), -1, head_dim)
+    q, k, v = qkv.split((qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)
+    cos, sin = cos_sin[positions].unbind(1)
+    q = apply_rotary(F.rms_norm(q, (head_dim,), q_weight, eps), cos, sin)
+    k = apply_rotary(F.rms_norm(k, (head_dim,), k_weight, eps), cos, sin)
+    store_kvcache(k, v, k_cache, v_cache, slot_mapping)
+    return q
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn channel i and channel i + head_dim/2 of each head by the angle of its position.
+
+    x: [num_tokens, num_heads, head_dim]; cos, sin: [num_tokens, 1, head_dim / 2] in float32
+    """
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+@triton.jit
+def norm_rope_store_kernel(
+    q, qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    V_ROWS: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a token and HEADS key heads: their queries, keys and values.
+
+    The rows of the tile are, for each key head, its GROUP queries and then the key. Each is held
+    as two halves, since RoPE turns channel i together with channel i + HALF.
+    """
+    DIM: tl.constexpr = 2 * HALF
+    NUM_HEADS: tl.constexpr = GROUP * NUM_KV_HEADS
+    token, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
+    row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, HALF)[None, :]
+    there = row < HEADS * (GROUP + 1)
+    kv_head, member = first + row // (GROUP + 1), row % (GROUP + 1)
+    is_q, is_k = there & (member < GROUP), there & (member == GROUP)
+    head = tl.where(is_q, kv_head * GROUP + member, NUM_HEADS + kv_head)
+    zero = tl.zeros([ROWS, HALF], tl.int32)
+    left, right = zero + channel, zero + channel + HALF
+    weights1 = tl.where(is_q, tl.load(q_weight + left), tl.load(k_weight + left)).to(tl.float32)
+    weights2 = tl.where(is_q, tl.load(q_weight + right), tl.load(k_weight + right)).to(tl.float32)
+    wait_for_inputs(PDL)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
+    angle = cos_sin + tl.load(positions + token).to(tl.int64) * DIM + channel
+    cos, sin = tl.load(angle), tl.load(angle + HALF)
+    x = qkv + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * DIM + head * DIM + channel
+    x1 = tl.load(x, mask=there, other=0.0).to(tl.float32)
+    x2 = tl.load(x + HALF, mask=there, other=0.0).to(tl.float32)
+    norm = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / DIM + eps)[:, None]
+    kind = q.dtype.element_ty  # each step is rounded where torch rounds it
+    x1 = (x1 * norm * weights1).to(kind).to(tl.float32)
+    x2 = (x2 * norm * weights2).to(kind).to(tl.float32)
+    y1, y2 = (x1 * cos - x2 * sin).to(kind), (x2 * cos + x1 * sin).to(kind)
+    q_at = q + (token * NUM_HEADS + head) * DIM + channel
+    tl.store(q_at, y1, mask=is_q)
+    tl.store(q_at + HALF, y2, mask=is_q)
+    k_at = k_cache + (slot * NUM_KV_HEADS + kv_head) * DIM + channel
+    kept = is_k & (slot >= 0)
+    tl.store(k_at, y1, mask=kept)
+    tl.store(k_at + HALF, y2, mask=kept)
+    v_row, whole = tl.arange(0, V_ROWS)[:, None], tl.arange(0, DIM)[None, :]
+    v_head = first + v_row
+    v = qkv + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + NUM_HEADS + NUM_KV_HEADS + v_head) * DIM
+    value = tl.load(v + whole, mask=v_row < HEADS)
+    v_at = v_cache + (slot * NUM_KV_HEADS + v_head) * DIM
+    tl.store(v_at + whole, value, mask=(v_row < HEADS) & (slot >= 0))

@@ -1,0 +1,116 @@
+"""Attention of many new tokens a sequence over its blocks: whole prompts, chunks, mixed steps."""
+
+import torch
+
+from nanovllm.kernels.jit import overlaps, tl, triton, wait_for_inputs
+
+
+@triton.jit
+def prefill_kernel(
+    out, q, k_cache, v_cache, block_tables, context_lens, cu_seqlens, scale, table_stride,
+    BLOCK_SIZE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence, query head and BLOCK_M of its new tokens; the longest rows first."""
+    head, seq = tl.program_id(0), tl.program_id(2)
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    wait_for_inputs(PDL)
+    begin = tl.load(cu_seqlens + seq)
+    num_new = tl.load(cu_seqlens + seq + 1) - begin
+    if first < num_new:
+        context_len = tl.load(context_lens + seq)
+        row, channel = first + tl.arange(0, BLOCK_M), tl.arange(0, HEAD_DIM)
+        position = context_len - num_new + row
+        q_row = ((begin + row).to(tl.int64)[:, None] * NUM_HEADS + head) * HEAD_DIM
+        q_row += channel[None, :]
+        is_new = row[:, None] < num_new
+        queries = tl.load(q + q_row, mask=is_new, other=0.0)
+        best = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        mean = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+        table = block_tables + seq.to(tl.int64) * table_stride
+        kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
+        seen_by_all = (context_len - num_new + first + 1) // TILE * TILE
+        seen = tl.minimum(context_len - num_new + first + BLOCK_M, context_len)
+        for at in range(0, seen_by_all, TILE):
+            best, total, mean = attend(
+                best, total, mean, queries, k_cache, v_cache, table, at, position, context_len,
+                kv_head, scale, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, TILE, False,
+            )  # fmt: skip
+        for at in range(seen_by_all, seen, TILE):
+            best, total, mean = attend(
+                best, total, mean, queries, k_cache, v_cache, table, at, position, context_len,
+                kv_head, scale, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, TILE, True,
+            )  # fmt: skip
+        mean = mean / total[:, None]
+        tl.store(out + q_row, mean.to(out.dtype.element_ty), mask=is_new)
+
+
+@triton.jit
+def attend(
+    best, total, mean, queries, k_cache, v_cache, table, at, position, context_len, kv_head, scale,
+    BLOCK_SIZE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys and values into the running maximum, sum and mean of each query row."""
+    channel, column = tl.arange(0, HEAD_DIM), tl.arange(0, TILE)
+    if BLOCK_SIZE % TILE == 0:  # the tile lies in one block
+        block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
+        slot = block * BLOCK_SIZE + at % BLOCK_SIZE + column
+    else:
+        place = tl.minimum(at + column, context_len - 1)
+        block = tl.load(table + place // BLOCK_SIZE).to(tl.int64)
+        slot = block * BLOCK_SIZE + place % BLOCK_SIZE
+    where = (slot[:, None] * NUM_KV_HEADS + kv_head) * HEAD_DIM + channel[None, :]
+    if MASKED:
+        there = (at + column < context_len)[:, None]
+        keys = tl.load(k_cache + where, mask=there, other=0.0)
+        values = tl.load(v_cache + where, mask=there, other=0.0)
+    else:
+        keys = tl.load(k_cache + where)
+        values = tl.load(v_cache + where)
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    if MASKED:
+        scores = tl.where(at + column[None, :] <= position[:, None], scores, -float("inf"))
+    new_best = tl.maximum(best, tl.max(scores, axis=1))
+    shrink = tl.exp2(best - new_best)
+    probs = tl.exp2(scores - new_best[:, None])
+    total = total * shrink + tl.sum(probs, axis=1)
+    mean = mean * shrink[:, None]
+    mean = tl.dot(probs.to(values.dtype), values, mean, input_precision="ieee")
+    return new_best, total, mean
+
+
+LOG2_E = 1.4426950408889634
+BLOCK_M = 64  # query rows in a program
+
+
+def paged_prefill_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_new: int,
+    scale: float,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """FlashAttention (Dao et al. 2022) with causal mask over a paged cache.
+
+    q: [num_tokens, num_heads, head_dim] -> `out`, the same shape; sequence i owns the tokens
+    [cu_seqlens[i], cu_seqlens[i + 1]), the last ones of its context_lens[i]; at most `max_new`.
+    k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim]; block_tables: [num_seqs,
+    max_blocks]; context_lens: [num_seqs] int32; cu_seqlens: [num_seqs + 1] int32.
+    """
+    num_heads, head_dim = q.shape[1:]
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    tile, stages = (32, 1) if q.element_size() == 4 else (64, 2)
+    out, pdl = torch.empty_like(q) if out is None else out, overlaps(q)
+    prefill_kernel[num_heads, triton.cdiv(max_new, BLOCK_M), len(block_tables)](
+        out, q, k_cache, v_cache, block_tables, context_lens, cu_seqlens, scale * LOG2_E,
+        block_tables.stride(0),
+        BLOCK_SIZE=block_size, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
+        BLOCK_M=BLOCK_M, TILE=tile, PDL=pdl, launch_pdl=pdl, num_warps=4, num_stages=stages,
+    )  # fmt: skip
+    return out

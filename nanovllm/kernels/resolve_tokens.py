@@ -1,0 +1,34 @@
+"""Tokens that the host has not seen yet, put in where they are needed."""
+
+import torch
+
+from nanovllm.kernels.jit import overlaps, tl, triton, uses_triton, wait_for_inputs
+
+BLOCK = 256
+
+
+def resolve_tokens(input_ids: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+    """Replace each placeholder -1 - i by what row i of the step before has sampled.
+
+    input_ids: [num_tokens] int64 -> the same shape; sampled: [most sequences in a step] int64.
+    """
+    if not uses_triton(input_ids):
+        return torch.where(input_ids < 0, sampled[(-1 - input_ids).clamp(min=0)], input_ids)
+    out, pdl = torch.empty_like(input_ids), overlaps(input_ids)
+    resolve_tokens_kernel[triton.cdiv(len(input_ids), BLOCK),](
+        out, input_ids, sampled, len(input_ids), BLOCK=BLOCK, PDL=pdl, launch_pdl=pdl, num_warps=1
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def resolve_tokens_kernel(
+    out, input_ids, sampled, num_tokens, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    """One program BLOCK tokens."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < num_tokens
+    wait_for_inputs(PDL)
+    token = tl.load(input_ids + at, mask=there, other=0)
+    known = tl.load(sampled - 1 - token, mask=there & (token < 0), other=0)
+    tl.store(out + at, tl.where(token < 0, known, token), mask=there)

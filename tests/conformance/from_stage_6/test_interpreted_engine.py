@@ -1,0 +1,82 @@
+"""The engine whose attention, norms and sampling are Triton kernels gives the torch path's tokens.
+
+Here the kernels run in Triton's interpreter, which is slow: a small model, and a few tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nanovllm
+import pytest
+from checkpoints import SMALL, random_prompts, save_random
+from device import ON_GPU
+
+from nanovllm import SamplingParams
+
+pytestmark = pytest.mark.skipif(ON_GPU, reason="on a GPU every test here runs the kernels")
+PROGRAM = Path(__file__).with_name("interpreted_engine.py")
+SHARED, *TAILS = random_prompts((16, 2, 9), SMALL["vocab_size"], seed=40)
+PROMPTS = [SHARED + TAILS[0], TAILS[1], TAILS[0], SHARED + TAILS[1], SHARED]
+STYLES = [
+    dict(temperature=0),
+    dict(temperature=1.0, seed=1),
+    dict(temperature=0.7, seed=2, top_k=20),
+    dict(temperature=1.5, seed=3, top_p=0.8),
+    dict(temperature=0),
+]
+PARAMS = [dict(style, max_tokens=n, ignore_eos=True) for style, n in zip(STYLES, (6, 8, 3, 5, 1))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model of two layers, with groups of query heads and biases."""
+    shape = dict(attention_bias=True, num_attention_heads=4, num_key_value_heads=2)
+    return save_random(tmp_path_factory.mktemp("interpreted"), shape)
+
+
+def through_kernels(model: Path, calls: list, **options) -> dict:
+    """What the program beside this file answers."""
+    asked = dict(model=str(model), options=options, calls=calls)
+    package = str(Path(nanovllm.__file__).parents[1])
+    ran = subprocess.run(
+        [sys.executable, PROGRAM],
+        input=json.dumps(asked),
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": package},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kvcache_block_size=16),
+        dict(kvcache_block_size=7),
+        dict(kvcache_block_size=7, max_num_batched_tokens=5),
+        dict(kvcache_block_size=16, num_kvcache_blocks=3),
+    ],
+    ids=str,
+)
+def test_the_kernels_give_the_torch_paths_tokens(options, folder, make_llm):
+    """Twice, so that the second time beginnings are found in the cache; in blocks that are odd."""
+    options = {"num_kvcache_blocks": 40, **options}
+    calls = [[PROMPTS, PARAMS], [PROMPTS[::-1], PARAMS[::-1]]]
+    llm = make_llm(folder, device="cpu", attention_backend="torch", **options)
+    expected = []
+    for prompts, params in calls:
+        params = [SamplingParams(**kinds) for kinds in params]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        expected.append([out["token_ids"] for out in outputs])
+    assert expected[0] == expected[1][::-1]
+    found = through_kernels(folder, calls, attention_backend="triton", **options)
+    assert found["answers"] == expected
+    assert found["backend"] == "triton"
+    assert found["hits"] == llm.scheduler.block_manager.num_hit_tokens > 0

@@ -1,0 +1,400 @@
+"""Every kernel computes what its torch twin does, writes all that it should and nothing else.
+
+Inputs are drawn anew in each run; NANOVLLM_KERNEL_SEED repeats those of a run that failed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import (
+    DEV,
+    DTYPES,
+    ON_GPU,
+    SEED,
+    PagedBatch,
+    bits,
+    cache_and_copy,
+    check,
+    check_stored,
+    decode,
+    draw,
+    exact,
+    guarded,
+    kernels,
+    padded,
+    prefill,
+    randn,
+    some_slots,
+    wide_integers,
+)
+from torch import Tensor
+
+from nanovllm.kernels import jit
+from nanovllm.kernels.add_rms_norm import add_rms_norm, add_rms_norm_torch
+from nanovllm.kernels.decode_attention import paged_decode_attention
+from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
+from nanovllm.kernels.prefill_attention import paged_prefill_attention
+from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_torch
+from nanovllm.kernels.small_linear import MAX_TOKENS, small_linear, small_linear_torch
+from nanovllm.kernels.store_kvcache import store_kvcache
+from nanovllm.layers.attention import paged_attention
+from nanovllm.layers.sampler import exponential_noise
+
+# Of the interpreter, which lets numpy say what a GPU keeps to itself.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+@pytest.fixture(autouse=True)
+def fresh_numbers() -> None:
+    """Each test draws its own; the seed is shown where one fails."""
+    print(f"NANOVLLM_KERNEL_SEED={SEED}")
+    torch.manual_seed(SEED)
+
+
+# Where kernels run
+
+
+def test_interpreting_without_the_variable_is_an_error(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code = "from nanovllm.kernels import jit\nwith jit.interpreted(): pass"
+    command, folder = [sys.executable, "-c", code], Path(jit.__file__).parents[2]
+    shown = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert shown.returncode == 1 and "RuntimeError: set TRITON_INTERPRET=1" in shown.stderr
+
+
+def test_kernels_run_where_they_are_told_to():
+    x = torch.zeros(1, device=DEV)
+    assert jit.uses_triton(x) == ON_GPU
+    with kernels():
+        assert jit.uses_triton(x)
+        with kernels():
+            assert jit.uses_triton(x)
+        assert jit.uses_triton(x)
+    assert jit.uses_triton(x) == ON_GPU
+
+
+# Element by element
+
+
+@each_dtype
+@pytest.mark.parametrize("add", [True, False], ids=["add", "first"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 96), (3, 128), (4, 1000), (2, 2048)])
+def test_add_rms_norm(shape, add, dtype):
+    x, residual = (randn(*shape, dtype=dtype) for _ in range(2))
+    weight = randn(shape[1], dtype=dtype)
+    before = x.clone(), residual.clone()
+    with kernels():
+        found, total = add_rms_norm(x, residual if add else None, weight, 0.1)
+    check(
+        found, add_rms_norm_torch(*exact(x + residual if add else x), None, *exact(weight), 0.1)[0]
+    )
+    assert torch.equal(total, before[0] + before[1] if add else before[0])
+    assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1, 1), (1, 96), (5, 1000), (3, 1024), (2, 1025), (2, 2049)])
+def test_silu_and_mul(shape, dtype):
+    gate_up = randn(shape[0], 2 * shape[1], dtype=dtype, scale=3.0)
+    with kernels():
+        found = silu_and_mul(gate_up)
+    check(found, silu_and_mul_torch(*exact(gate_up)))
+
+
+def test_silu_of_large_numbers():
+    """silu(x) is x for large x and 0 for large -x, with no inf on the way."""
+    x = torch.tensor([[-1e4, -200.0, -90.0, 0.0, 90.0, 200.0, 1e4] + [2.0] * 7])
+    with kernels():
+        found = silu_and_mul(guarded(x))
+    torch.testing.assert_close(found.cpu(), silu_and_mul_torch(x), rtol=1e-6, atol=1e-30)
+
+
+@each_dtype
+@pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
+@pytest.mark.parametrize("num_tokens", range(1, MAX_TOKENS + 1))
+@pytest.mark.parametrize("rows, size", [(1, 1), (8, 16), (13, 96), (131, 1000), (7, 5000)])
+def test_small_linear(rows, size, num_tokens, silu, dtype):
+    """A sum is measured by the size of its addends too: these may cancel out."""
+    x, scale = randn(num_tokens, size, dtype=dtype), 1.0 if not silu else size**-0.5
+    weight = randn(rows * (2 if silu else 1), size, dtype=dtype, scale=scale)
+    with kernels():
+        found = small_linear(x, weight, silu)
+    measure = 2.0 if silu else size**0.5
+    expected = small_linear_torch(*exact(x, weight), silu)
+    check(padded(found, measure), padded(expected, measure), factor=3 if silu else 1)
+
+
+# Into the cache
+
+
+@each_dtype
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize("num_tokens", [1, 9])
+@pytest.mark.parametrize("block_size, heads, dim", [(16, 2, 64), (7, 3, 40), (1, 8, 128)])
+def test_store_kvcache(block_size, heads, dim, num_tokens, slot_dtype, dtype):
+    """Keys and values that lie in the merged projection reach their slots; -1 is nobody's."""
+    shape = (25, block_size, heads, dim)
+    (k_cache, k_before), (v_cache, v_before) = (cache_and_copy(shape, dtype) for _ in range(2))
+    merged = randn(num_tokens, 4 * heads, dim, dtype=dtype)
+    k, v = merged[:, heads : 2 * heads], merged[:, 3 * heads :]
+    slots = some_slots(num_tokens, 25 * block_size, slot_dtype)
+    with kernels():
+        store_kvcache(k, v, k_cache, v_cache, slots)
+    check_stored(k_cache, k_before, slots, k)
+    check_stored(v_cache, v_before, slots, v)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "num_tokens, heads, kv_heads, dim",
+    [(1, 4, 4, 64), (6, 4, 2, 128), (6, 6, 2, 64), (6, 4, 1, 32), (1, 8, 1, 64), (6, 6, 3, 64)]
+    + [(6, 4, 2, 96), (513, 6, 3, 32)],
+)
+def test_norm_rope_store(num_tokens, heads, kv_heads, dim, dtype):
+    """96 channels are no power of two: there the twin does the work, and the store is a kernel."""
+    shape, eps = (80, 7, kv_heads, dim), 0.1
+    (k_cache, k_before), (v_cache, v_before) = (cache_and_copy(shape, dtype) for _ in range(2))
+    qkv = randn(num_tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    q_weight, k_weight = (randn(dim, dtype=dtype) for _ in range(2))
+    angles = torch.rand(50, 1, dim // 2) * 6.3
+    cos_sin = guarded(torch.stack((angles.cos(), angles.sin()), dim=1) * 1.2)
+    at = torch.randint(50, (num_tokens,)).to(DEV)
+    slots = some_slots(num_tokens, 80 * 7, torch.int64)
+    with kernels():
+        caches = k_cache, v_cache
+        q = norm_rope_store(qkv, q_weight, k_weight, eps, at, cos_sin, *caches, slots)
+    k, v = (torch.zeros(num_tokens, 1, kv_heads, dim, dtype=torch.float64) for _ in range(2))
+    inputs = *exact(qkv, q_weight, k_weight), eps, at.cpu(), cos_sin.cpu()
+    check(q, norm_rope_store_torch(*inputs, k, v, torch.arange(num_tokens)))
+    check_stored(k_cache, k_before, slots, k[:, 0], factor=1.0)
+    check_stored(v_cache, v_before, slots, v[:, 0].to(dtype))
+
+
+# Attention
+
+SHAPES = [  # block_size, num_heads, num_kv_heads, head_dim: groups of 1, 2, 3, 4 and 8
+    (16, 2, 2, 64),
+    (64, 4, 2, 128),
+    (7, 6, 2, 64),
+    (256, 4, 1, 64),
+    (16, 8, 1, 128),
+]
+
+
+@each_dtype
+@pytest.mark.parametrize("num_splits, ordered", [(1, 0), (1, 1), (2, 1), (3, 0), (20, 0)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_decode(shape, num_splits, ordered, dtype):
+    """At the edges of blocks, and for rows that are padding: their context is 0, their output 0."""
+    block_size = shape[0]
+    lens = [1, block_size - 1, 0, block_size, block_size + 1, 65 if block_size < 64 else 0]
+    table_dtype = torch.int64 if num_splits % 2 else torch.int32
+    batch = PagedBatch([(1, n) for n in lens], *shape, dtype, table_dtype)
+    order = batch.on_device(batch.lens).argsort(descending=True).int() if ordered else None
+    found = decode(batch, num_splits, order)
+    real = torch.tensor(lens) > 0
+    assert found.cpu()[~real].eq(0).all()
+    check(found.cpu()[real], batch.expected(len(lens))[real], factor=2)
+
+
+@each_dtype
+@pytest.mark.parametrize("num_splits", [2, 18, 32])
+@pytest.mark.parametrize("place", [5, 1150])
+def test_decode_joins_many_parts(place, num_splits, dtype):
+    """More parts than are joined at a time; what counts most is in an early one, or a late one."""
+    batch = PagedBatch([(1, 1190), (1, 40), (1, 1)], 16, 3, 1, 64, dtype)
+    for head in range(3):
+        at = place + 10 * head
+        batch.k_cache[batch.tables[0, at // 16], at % 16, 0] = batch.q[0, head] * 0.4
+    check(decode(batch, num_splits), batch.expected(3), factor=2)
+
+
+@each_dtype
+def test_decode_where_the_parts_differ_much(dtype):
+    """The largest score comes early, late, or in the middle: weights far below it count for 0."""
+    batch = PagedBatch([(1, 200)] * 4, 16, 2, 1, 64, dtype)
+    for seq, place in enumerate([0, 70, 130, 199]):
+        block = batch.tables[seq, place // 16]
+        batch.k_cache[block, place % 16, 0] = batch.q[seq, 0] * 4
+    check(decode(batch, 3), batch.expected(4), factor=4)
+
+
+@each_dtype
+def test_decode_chooses_its_parts_and_repeats_itself(dtype):
+    batch = PagedBatch([(1, 150)], 16, 2, 1, 64, dtype)
+    first = decode(batch)
+    check(first, batch.expected(1), factor=2)
+    assert torch.equal(bits(first), bits(decode(batch)))
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prefill_of_whole_prompts(shape, dtype):
+    edge = shape[0]
+    lens = {1, edge - 1, edge, edge + 1, 2 * edge + 1, 65, 130}
+    batch = PagedBatch([(n, n) for n in sorted(lens) if n < 260], *shape, dtype, torch.int64)
+    check(prefill(batch), batch.expected(), factor=2)
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prefill_after_a_prefix(shape, dtype):
+    """Chunks of one token and of many, behind a text that ends at, before and behind an edge."""
+    edge = shape[0]
+    spans = [(1, edge), (1, edge + 1), (2, edge + 1), (66, edge + 66), (3, 3), (5, 2 * edge - 1)]
+    batch = PagedBatch(spans, *shape, dtype)
+    check(prefill(batch), batch.expected(), factor=2)
+
+
+@each_dtype
+@pytest.mark.parametrize("num_new", [31, 32, 64, 65])
+@pytest.mark.parametrize("prefix", [0, 1, 30, 31, 62, 64])
+def test_prefill_at_the_edges_of_tiles(prefix, num_new, dtype):
+    batch = PagedBatch([(num_new, prefix + num_new)], 64, 1, 1, 64, dtype)
+    check(prefill(batch), batch.expected(), factor=2)
+
+
+@each_dtype
+@pytest.mark.parametrize("attend", [decode, prefill])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_scores_may_lie_anywhere(sign, attend, dtype):
+    """Softmax sees differences alone: not that every score is about 2000, or -2000."""
+    batch = PagedBatch([(1, 70)], 16, 1, 1, 64, dtype)
+    batch.q.copy_(batch.q.sign() * 16)
+    batch.k_cache += sign * batch.q
+    expected = batch.expected(1)
+    check(attend(batch), expected, factor=100 if dtype == torch.float32 else 4)
+
+
+@each_dtype
+@pytest.mark.parametrize("spans", [[(1, 9), (1, 33)], [(1, 20), (1, 3), (9, 9), (70, 80)]], ids=str)
+def test_kernels_share_a_batch(spans, dtype):
+    """Decodes come first, then the others: one output, each row by the kernel that owns it."""
+    batch = PagedBatch(spans, 16, 4, 2, 64, dtype, torch.int64)
+    caches = batch.k_cache, batch.v_cache
+    with kernels():
+        found = paged_attention(batch.q, *caches, batch.context(2), batch.scale, "triton")
+    check(found, batch.expected(2), factor=2)
+
+
+def test_each_kernel_writes_its_own_rows_alone():
+    batch = PagedBatch([(1, 20), (1, 3), (9, 9), (70, 80)], 16, 4, 2, 64, torch.float32)
+    lens, starts = batch.on_device(batch.lens), batch.on_device(batch.starts)
+    inputs = batch.q, batch.k_cache, batch.v_cache
+    with kernels():
+        for splits in (1, 2):
+            out = torch.empty_like(batch.q)
+            paged_decode_attention(*inputs, batch.tables[:2], lens, batch.scale, out, splits)
+            assert out[:2].isfinite().all() and out[2:].isnan().all()
+        out = torch.empty_like(batch.q)
+        tables = batch.tables[2:]
+        paged_prefill_attention(*inputs, tables, lens[2:], starts[2:], 70, batch.scale, out)
+        assert out[:2].isnan().all() and out[2:].isfinite().all()
+
+
+# Caches in which 32 bits do not count the elements
+
+
+@pytest.fixture(scope="module")
+def large_caches() -> list[Tensor]:
+    """Zeros: 40 blocks more than 2**31 elements have."""
+    return [torch.zeros(2**13 + 40, 256, 8, 128, dtype=torch.bfloat16, device=DEV) for _ in "kv"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["store_kvcache", "norm_rope_store"])
+def test_store_in_a_large_cache(kernel, large_caches):
+    num_slots = len(large_caches[0]) * 256
+    slots = torch.tensor([num_slots - 1, 2**21, 2**21 - 1, 0, -1, 2**21 + 5000], device=DEV)
+    kept = slots[slots >= 0]
+    qkv = randn(6, 24 * 128, dtype=torch.bfloat16)
+    ones = torch.ones(128, dtype=torch.bfloat16, device=DEV)
+    _, k, v = qkv.view(6, 3, 8, 128).unbind(1)
+    with kernels():
+        if kernel == "store_kvcache":
+            store_kvcache(k, v, *large_caches, slots)
+        else:  # cos 1 and sin 0: keys are normalised and do not turn
+            turn = torch.tensor([1.0, 0.0], device=DEV).view(1, 2, 1, 1).repeat(1, 1, 1, 64)
+            norm_rope_store(qkv, ones, ones, 0.1, slots * 0, turn, *large_caches, slots)
+            k = torch.nn.functional.rms_norm(k.float(), (128,), eps=0.1)
+    for cache, expected in zip(large_caches, (k, v)):
+        check(cache.flatten(0, 1)[kept], expected[slots >= 0].cpu())
+        cache.flatten(0, 1)[kept] = 0
+        assert not any(part.any() for part in cache.split(512))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attend", [decode, prefill])
+def test_attention_in_a_large_cache(attend, large_caches):
+    spans = [(1, 700), (1, 255)] if attend is decode else [(300, 700), (70, 70)]
+    batch = PagedBatch(spans, 256, 16, 8, 128, torch.bfloat16)
+    expected, n = batch.expected(2 if attend is decode else 0), len(batch.k_cache)
+    for large, small in zip(large_caches, (batch.k_cache, batch.v_cache)):
+        large[-n:] = small
+    batch.tables += len(large_caches[0]) - n
+    batch.k_cache, batch.v_cache = large_caches
+    found = attend(batch)
+    for large in large_caches:
+        large[-n:] = 0
+    check(found, expected)
+
+
+# Sampling
+
+
+@each_dtype
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-30, 0.1, 0.6, 1.0, 2.0])
+@pytest.mark.parametrize("vocab_size", [1, 100, 2048, 2049, 5000])
+def test_sample(vocab_size, temperature, dtype):
+    n = 16
+    logits = (torch.randn(n, vocab_size) * 2).to(dtype)
+    positions = torch.randint(0, 2**20, (n,))
+    draw(logits, torch.full((n,), temperature), wide_integers(n), positions)
+
+
+def test_sample_a_batch_of_many_temperatures():
+    temperatures = torch.tensor([0.0, 1e-30, 0.1, 0.6, 1.0, 2.0, 5.0, 0.0])
+    positions = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**40, 3, 4])
+    draw(torch.randn(8, 5000), temperatures, wide_integers(8), positions)
+
+
+@pytest.mark.parametrize("gap", [-2e-3, 2e-3])
+def test_sample_tells_the_smallest_noise_apart(gap):
+    """1 - u has lost what a tiny u has: two tokens whose scores differ by the gap would swap."""
+    seeds, positions = wide_integers(1000), torch.arange(1000)
+    noise = exponential_noise(seeds, positions, 5000)
+    rows = noise.amin(dim=1).topk(16, largest=False).indices
+    logits, noise = torch.full((16, 5000), -1e4), noise[rows]
+    for row, first in enumerate(noise.argmin(dim=1).tolist()):
+        second = (first + 2500) % 5000
+        logits[row, first] = 0
+        logits[row, second] = (noise[row, second] / noise[row, first]).log() + gap
+    draw(logits, torch.ones(16), seeds[rows], positions[rows])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1.0])
+def test_sample_from_equal_logits(temperature):
+    """At temperature 0 the first of the best wins, also where they lie in different parts."""
+    logits = torch.zeros(4, 5000)
+    for row, places in enumerate([(0, 4999), (7, 8), (2047, 2048), (3000, 4096, 4999)]):
+        logits[row, list(places)] = 5.0
+    found = draw(logits, torch.full((4,), temperature), wide_integers(4), torch.arange(4))
+    if temperature == 0:
+        assert found.tolist() == [0, 7, 2047, 3000]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 0.6, 2.0])
+@pytest.mark.parametrize("floor", [-1e4, -torch.inf])
+def test_sample_from_extreme_logits(floor, temperature):
+    """All the mass is on one token, wherever it lies."""
+    places = [0, 1, 2047, 2048, 4095, 4096, 4999]
+    logits = torch.full((7, 5000), floor)
+    logits[range(7), places] = 1e4
+    found = draw(logits, torch.full((7,), temperature), wide_integers(7), torch.arange(7))
+    assert found.tolist() == places
