@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 
 import torch
@@ -58,3 +61,17 @@ def host_seconds(function: Callable[[], object], calls: int = 200) -> float:
     if ON_GPU:
         torch.cuda.synchronize()
     return took / calls
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What libraries write to the process's stderr is lost for the length of a `with`."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

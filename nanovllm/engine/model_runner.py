@@ -79,6 +79,8 @@ def is_filtered(params: list[SamplingParams]) -> bool:
 MAX_PREFILL_SEQS = 8  # in a step with a prompt that is recorded
 PREFILL_SIZES = (64, 128, 256, 512, 1024, 2048)  # its tokens
 
+CUDA_BYTES = 2**30  # what CUDA itself holds for a process: context, kernels, graphs; about
+
 
 class ModelRunner:
     """Owns the model, its device and its memory."""
@@ -90,7 +92,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.max_num_tokens = config.max_num_batched_tokens
         self.max_num_seqs = min(config.max_num_seqs, self.max_num_tokens)
-        self.free_at_start = self.free_memory()
+        self.reserved_at_start = self.reserved_memory()
         with self.device, default_dtype(config.torch_dtype):
             self.model = Qwen3ForCausalLM(model_config, num_positions=max_model_len)
         self.model.requires_grad_(False).eval()
@@ -176,10 +178,14 @@ class ModelRunner:
         self.num_blocks = config.num_kvcache_blocks
         if self.num_blocks < 0:
             self.num_blocks = self.cache_budget(config) // block_bytes
-        if self.num_blocks < 1:
+        most = self.num_blocks
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            most = torch.cuda.mem_get_info(self.device)[0] // block_bytes
+        if not 1 <= self.num_blocks <= most:
             raise ValueError(
-                f"no room for a block of {self.block_size} tokens, {block_bytes:,} bytes, in "
-                f"num_kvcache_blocks={config.num_kvcache_blocks}"
+                f"no room for {max(self.num_blocks, 1)} blocks of {self.block_size} tokens, "
+                f"{block_bytes:,} bytes each, in num_kvcache_blocks={config.num_kvcache_blocks}"
             )
         # [key or value, layer, block, position, head, channel]
         shape = (2, len(layers), self.num_blocks, self.block_size, *heads)
@@ -225,27 +231,28 @@ class ModelRunner:
         """Note the memory that the graphs will take, from recording three of them."""
         if not shapes:
             return
-        free, pool = [self.free_memory()], torch.cuda.graph_pool_handle()
+        reserved, pool = [self.reserved_memory()], torch.cuda.graph_pool_handle()
         trial = []
         with self.current_device():
             for shape in (shapes[-1], max(s for s in shapes if s.is_decode), shapes[0]):
                 trial.append(self.record(shape, pool))
-                free.append(self.free_memory())
-        self.graph_bytes = free[0] - free[2] + (free[2] - free[3]) * (len(shapes) - 2)
+                reserved.append(self.reserved_memory())
+        each = reserved[3] - reserved[2]
+        self.graph_bytes = reserved[2] - reserved[0] + each * (len(shapes) - 2)
 
-    def free_memory(self) -> int:
-        """Bytes of the GPU that nobody has; what torch keeps for later it gives back first."""
+    def reserved_memory(self) -> int:
+        """Bytes of the GPU that torch holds in this process, without what it keeps for later."""
         if not self.on_gpu:
             return 0
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self.device)[0]
+        return torch.cuda.memory_reserved(self.device)
 
     def cache_budget(self, config: Config) -> int:
         """How many bytes the cache may take; ValueError, with the sum, where none are left."""
         if not self.on_gpu:
             return CPU_CACHE_BYTES
-        free, total = self.free_memory(), torch.cuda.mem_get_info(self.device)[1]
-        weights = self.free_at_start - free  # with what the libraries hold
+        weights = self.reserved_memory() - self.reserved_at_start + CUDA_BYTES
+        free, total = torch.cuda.mem_get_info(self.device)
         allowed = int(config.gpu_memory_utilization * total)
         steps = self.step_bytes + self.graph_bytes
         budget = min(allowed - weights, free) - steps
@@ -259,8 +266,8 @@ class ModelRunner:
             )
             raise ValueError(
                 f"nothing is left for the cache: gpu_memory_utilization={share} of {total} GiB is "
-                f"{allowed} GiB, and {free} GiB are free; the weights take {parts[0]} GiB, the "
-                f"largest step {parts[1]} GiB and the CUDA graphs {parts[2]} GiB"
+                f"{allowed} GiB, and {free} GiB are free; weights and CUDA take {parts[0]} GiB, "
+                f"the largest step {parts[1]} GiB and the graphs {parts[2]} GiB"
             )
         return budget
 

@@ -146,7 +146,7 @@ def paged_decode_attention(
         BLOCK_SIZE=block_size, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim,
         ROWS=max(16, triton.next_power_of_2(group)), GROUP_ROWS=triton.next_power_of_2(group),
         TILE=tile, IS_SPLIT=splits > 1, IS_ORDERED=is_ordered, PDL=pdl, launch_pdl=pdl,
-        num_warps=2, num_stages=stages,
+        num_warps=2 if splits == 1 else 4, num_stages=stages,
     )  # fmt: skip
     return out
 

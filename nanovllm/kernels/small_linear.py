@@ -37,7 +37,7 @@ def small_linear_torch(x: torch.Tensor, weight: torch.Tensor, silu: bool = False
     return silu_and_mul_torch(y) if silu else y
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def small_linear_kernel(
     out, x, weight, num_tokens, num_rows,
     SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr,

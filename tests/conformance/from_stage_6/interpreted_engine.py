@@ -20,4 +20,7 @@ with interpreted():
         outputs = llm.generate(prompts, params, use_tqdm=False)
         answers.append([out["token_ids"] for out in outputs])
 backend = llm.model_runner.backend
-json.dump(dict(answers=answers, backend=backend, hits=llm.scheduler.block_manager.num_hit_tokens), sys.stdout)
+json.dump(
+    dict(answers=answers, backend=backend, hits=llm.scheduler.block_manager.num_hit_tokens),
+    sys.stdout,
+)

@@ -11,11 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nanovllm
 import pytest
 from checkpoints import SMALL, random_prompts, save_random
 from device import ON_GPU
 
+import nanovllm
 from nanovllm import SamplingParams
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="on a GPU every test here runs the kernels")
@@ -29,7 +29,7 @@ STYLES = [
     dict(temperature=1.5, seed=3, top_p=0.8),
     dict(temperature=0),
 ]
-PARAMS = [dict(style, max_tokens=n, ignore_eos=True) for style, n in zip(STYLES, (6, 8, 3, 5, 1))]
+PARAMS = [dict(style, max_tokens=n, ignore_eos=True) for style, n in zip(STYLES, (4, 6, 2, 3, 1))]
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +60,21 @@ def through_kernels(model: Path, calls: list, **options) -> dict:
     [
         dict(kvcache_block_size=16),
         dict(kvcache_block_size=7),
-        dict(kvcache_block_size=7, max_num_batched_tokens=5),
-        dict(kvcache_block_size=16, num_kvcache_blocks=3),
+        dict(kvcache_block_size=7, max_num_batched_tokens=5, num_kvcache_blocks=6),
     ],
     ids=str,
 )
 def test_the_kernels_give_the_torch_paths_tokens(options, folder, make_llm):
-    """Twice, so that the second time beginnings are found in the cache; in blocks that are odd."""
+    """A part of the requests comes twice, and finds its beginning in the cache."""
     options = {"num_kvcache_blocks": 40, **options}
-    calls = [[PROMPTS, PARAMS], [PROMPTS[::-1], PARAMS[::-1]]]
+    calls = [[PROMPTS, PARAMS], [PROMPTS[3:], PARAMS[3:]]]
     llm = make_llm(folder, device="cpu", attention_backend="torch", **options)
     expected = []
     for prompts, params in calls:
         params = [SamplingParams(**kinds) for kinds in params]
         outputs = llm.generate(prompts, params, use_tqdm=False)
         expected.append([out["token_ids"] for out in outputs])
-    assert expected[0] == expected[1][::-1]
+    assert expected[0][3:] == expected[1]
     found = through_kernels(folder, calls, attention_backend="triton", **options)
     assert found["answers"] == expected
     assert found["backend"] == "triton"

@@ -1,0 +1,180 @@
+"""Which attention backend an engine gets, and how a checkpoint's parts reach merged matrices."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from checkpoints import SMALL, save_random
+from device import build
+from safetensors.torch import load_file, save_file
+
+from nanovllm.config import Config
+from nanovllm.layers.attention import choose_backend
+
+FILE = "model.safetensors"
+PARTS = {  # each with the merged matrix that it is a part of, from top to bottom
+    "self_attn.q_proj": "self_attn.qkv_proj",
+    "self_attn.k_proj": "self_attn.qkv_proj",
+    "self_attn.v_proj": "self_attn.qkv_proj",
+    "mlp.gate_proj": "mlp.gate_up_proj",
+    "mlp.up_proj": "mlp.gate_up_proj",
+}
+
+
+@pytest.mark.parametrize("value", ["xformers", "Triton", "", None, 1, ["torch"]], ids=repr)
+def test_an_unknown_backend_is_named(value):
+    with pytest.raises(ValueError) as raised:
+        build(attention_backend=value)
+    assert "attention_backend" in str(raised.value) and repr(value) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["triton", "flash_attn"])
+def test_on_a_cpu_there_are_no_kernels(name):
+    with pytest.raises(ValueError, match=f"attention_backend='{name}' needs a GPU.* cpu"):
+        build(device="cpu", attention_backend=name)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Make options believe in a GPU, and in the package flash-attn."""
+    find_spec = importlib.util.find_spec
+
+    def with_flash_attn(name, *args):
+        return object() if name == "flash_attn" else find_spec(name, *args)
+
+    monkeypatch.setattr(Config, "torch_device", torch.device("cuda"))
+    monkeypatch.setattr(importlib.util, "find_spec", with_flash_attn)
+
+
+def config(**options) -> Config:
+    """Options for bfloat16, or for what they say."""
+    return Config(**{"device": "cpu", "dtype": "bfloat16", **options})
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 80, 96, 512])
+def test_triton_names_a_head_size_that_it_can_not_do(on_a_gpu, head_dim):
+    with pytest.raises(ValueError, match=rf"'triton' needs a head_dim of 16, .*got {head_dim}$"):
+        choose_backend(config(attention_backend="triton"), head_dim)
+    assert choose_backend(config(), head_dim) == "torch"
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
+def test_triton_is_the_choice_for_a_gpu(on_a_gpu, head_dim):
+    for name in ("auto", "triton"):
+        assert choose_backend(config(attention_backend=name), head_dim) == "triton"
+    for name in ("torch", "flash_attn"):
+        assert choose_backend(config(attention_backend=name), head_dim) == name
+
+
+def test_torch_is_the_choice_for_a_cpu():
+    for name in ("auto", "torch"):
+        assert choose_backend(config(attention_backend=name), 64) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("options", "head_dim", "named"),
+    [
+        (dict(kvcache_block_size=16), 64, "kvcache_block_size of 256.*16"),
+        (dict(kvcache_block_size=255), 64, "kvcache_block_size of 256.*255"),
+        (dict(kvcache_block_size=384), 64, "kvcache_block_size of 256.*384"),
+        (dict(dtype="float32"), 64, "bfloat16 or float16.*float32 and 64"),
+        (dict(), 20, "head_dim.*bfloat16 and 20"),
+        (dict(), 512, "head_dim.*bfloat16 and 512"),
+    ],
+    ids=str,
+)
+def test_flash_attn_names_what_it_can_not_do(on_a_gpu, options, head_dim, named):
+    asked = config(attention_backend="flash_attn", **options)
+    with pytest.raises(ValueError, match=f"attention_backend='flash_attn' needs .*{named}"):
+        choose_backend(asked, head_dim)
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_flash_attn_takes_multiples_of_its_block(on_a_gpu, size):
+    asked = config(attention_backend="flash_attn", kvcache_block_size=size)
+    assert choose_backend(asked, 64) == "flash_attn"
+
+
+def test_flash_attn_that_is_not_installed_is_named(monkeypatch, on_a_gpu):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(ValueError, match="'flash_attn' needs the package flash-attn"):
+        choose_backend(config(attention_backend="flash_attn"), 64)
+
+
+# ---- The parts of merged matrices ----
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A random model whose projections have biases."""
+    return save_random(tmp_path, dict(attention_bias=True))
+
+
+def kinds(part: str) -> tuple[str, ...]:
+    """What a checkpoint has of a part."""
+    return ("weight", "bias") if part.startswith("self_attn") else ("weight",)
+
+
+EVERY = [(part, kind) for part in PARTS for kind in kinds(part)]
+
+
+@pytest.mark.parametrize(("part", "kind"), EVERY)
+def test_a_part_that_is_missing_is_named_as_the_checkpoint_would(checkpoint, part, kind):
+    tensors, name = load_file(checkpoint / FILE), f"model.layers.1.{part}.{kind}"
+    del tensors[name]
+    save_file(tensors, checkpoint / FILE)
+    with pytest.raises(ValueError, match=rf"1 tensors are missing, first {name}$"):
+        build(checkpoint)
+
+
+@pytest.mark.parametrize(("part", "kind"), EVERY)
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_misshapen_part_is_named_with_both_shapes(checkpoint, part, kind, change):
+    """Also where it would fit into the whole."""
+    tensors, name = load_file(checkpoint / FILE), f"model.layers.0.{part}.{kind}"
+    right = tensors[name]
+    wrong = right[:-1] if change < 0 else torch.cat([right, right[:1]])
+    tensors[name] = wrong.clone()
+    save_file(tensors, checkpoint / FILE)
+    with pytest.raises(ValueError) as raised:
+        build(checkpoint)
+    for named in (name, str(list(wrong.shape)), str(list(right.shape))):
+        assert named in str(raised.value)
+
+
+def test_a_matrix_that_is_merged_already_is_not_taken(checkpoint):
+    """Published checkpoints have the parts; the whole is a name that nothing uses."""
+    tensors = load_file(checkpoint / FILE)
+    parts = [tensors.pop(f"model.layers.0.mlp.{name}_proj.weight") for name in ("gate", "up")]
+    tensors["model.layers.0.mlp.gate_up_proj.weight"] = torch.cat(parts)
+    save_file(tensors, checkpoint / FILE)
+    with pytest.raises(ValueError, match=r"2 tensors are missing, first .*mlp\.gate_proj\.weight$"):
+        build(checkpoint)
+
+
+def test_parts_lie_in_their_rows(checkpoint, make_llm):
+    """Weights and biases, in the order q, k, v and gate, up."""
+    tensors = load_file(checkpoint / FILE)
+    loaded = dict(make_llm(checkpoint).model_runner.model.named_parameters())
+    for layer in range(SMALL["num_hidden_layers"]):
+        for whole in set(PARTS.values()):
+            parts = [part for part, owner in PARTS.items() if owner == whole]
+            for kind in kinds(whole):
+                rows = [tensors[f"model.layers.{layer}.{part}.{kind}"] for part in parts]
+                found = loaded[f"model.layers.{layer}.{whole}.{kind}"]
+                assert torch.equal(found.cpu(), torch.cat(rows))
+    used = {name for name in loaded if "qkv_proj" in name or "gate_up_proj" in name}
+    assert len(used) == SMALL["num_hidden_layers"] * 3, "a weight and a bias, and a weight"
+
+
+def test_shards_may_part_what_is_merged(tmp_path, make_llm):
+    """Each tensor in a file of its own, in an order that is not the rows'."""
+    whole = make_llm(save_random(tmp_path / "whole", dict(attention_bias=True)))
+    parted = make_llm(
+        save_random(tmp_path / "parted", dict(attention_bias=True), max_shard_size="1KB")
+    )
+    found = dict(parted.model_runner.model.named_parameters())
+    for name, parameter in whole.model_runner.model.named_parameters():
+        assert torch.equal(parameter, found[name]), name
