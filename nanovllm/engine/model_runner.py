@@ -76,6 +76,8 @@ def is_filtered(params: list[SamplingParams]) -> bool:
     return any(p.top_k > 0 or p.top_p < 1 for p in params)
 
 
+HOTTEST = np.finfo(np.float32).max  # a higher temperature would be infinite on the device
+
 MAX_PREFILL_SEQS = 8  # in a step with a prompt that is recorded
 PREFILL_SIZES = (64, 128, 256, 512, 1024, 2048)  # its tokens
 
@@ -307,7 +309,7 @@ class ModelRunner:
             "seeds": ([seq.seed for seq in seqs], 0),
             "lengths": ([len(seq) for seq in seqs], 0),
             "last": (stop - 1, 0),
-            "temperatures": ([seq.params.temperature for seq in seqs], 0),
+            "temperatures": (np.minimum([s.params.temperature for s in seqs], HOTTEST), 0),
             "context_lens": (first + count, 0),
             "cu_seqlens": ([0, *stop], len(row)),
         }

@@ -152,16 +152,6 @@ class Scheduler:
             self.in_flight.clear()  # what still runs is for nobody
         return grown
 
-    def advance(self, seqs: list[Sequence], result: Any = None) -> None:
-        """A step has been launched: its tokens count as computed, the sampled ones will come."""
-        grows = []
-        for row, seq in enumerate(seqs):
-            seq.num_computed_tokens += seq.num_scheduled_tokens
-            grows.append(seq.num_computed_tokens == len(seq))
-            if grows[-1]:
-                seq.expect_token(row)
-        self.in_flight.append(Launched(seqs, result, grows))
-
     def finish_if_done(self, seq: Sequence) -> None:
         """Finish a sequence whose newest token ends it."""
         params, token_id, detokenizer = seq.params, seq.last_token, seq.detokenizer
@@ -174,6 +164,16 @@ class Scheduler:
         elif seq.num_completion_tokens == params.max_tokens:
             seq.finish("length")
 
+    def advance(self, seqs: list[Sequence], result: Any = None) -> None:
+        """A step has been launched: its tokens count as computed, the sampled ones will come."""
+        grows = []
+        for row, seq in enumerate(seqs):
+            seq.num_computed_tokens += seq.num_scheduled_tokens
+            grows.append(seq.num_computed_tokens == len(seq))
+            if grows[-1]:
+                seq.expect_token(row)
+        self.in_flight.append(Launched(seqs, result, grows))
+
     def abort(self, seq_id: int) -> None:
         """Drop an unfinished request; ValueError for an id that is not here."""
         for queue in (self.waiting, self.running):
@@ -182,5 +182,7 @@ class Scheduler:
                     seq.finish("abort")
                     self.block_manager.deallocate(seq)
                     queue.remove(seq)
+                    if self.is_finished():
+                        self.in_flight.clear()  # what still runs is for nobody
                     return
         raise ValueError(f"request {seq_id} is not in the engine")

@@ -124,7 +124,7 @@ def test_aborted_requests_give_their_blocks_back():
         (dict(num_kvcache_blocks=0), "256 tokens.*num_kvcache_blocks=0"),
         (dict(num_kvcache_blocks=-2), "num_kvcache_blocks.*-2"),
         (dict(num_kvcache_blocks="many"), "num_kvcache_blocks.*many"),
-        (dict(kvcache_block_size=2**40), f"{2**40} tokens.*num_kvcache_blocks=-1"),
+        (dict(kvcache_block_size=2**40), f"{2**40} tokens.*num_kvcache_blocks="),
         (dict(kvcache_block_size=10**30), f"{10**30} tokens"),
         (dict(gpu_memory_utilization=0), "gpu_memory_utilization.*0"),
         (dict(gpu_memory_utilization=1.1), "gpu_memory_utilization.*1.1"),

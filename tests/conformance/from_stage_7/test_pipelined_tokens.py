@@ -90,7 +90,7 @@ SETTINGS = list(
     )
 )
 if not os.environ.get("NANOVLLM_OPERATIONS"):
-    SETTINGS = Random(2).sample(SETTINGS, 8)
+    SETTINGS = Random(807).sample(SETTINGS, 8)
 
 
 @pytest.mark.parametrize(("block_size", "budget", "max_num_seqs", "pool", "cached"), SETTINGS)
@@ -98,7 +98,8 @@ def test_tokens_are_those_of_one_step_after_the_other(
     block_size, budget, max_num_seqs, pool, cached
 ):
     """Twice: what the first round leaves in the cache is found by the second."""
-    prompts, params, expected = requests()
+    every = 3 if budget == 1 else 1  # a step for each token of a prompt takes long
+    prompts, params, expected = (column[::every] for column in requests())
     num_blocks = smallest(block_size) * {"smallest": 1, "tight": 2, "roomy": 12}[pool]
     with pipelined(
         kvcache_block_size=block_size,
