@@ -9,7 +9,7 @@ DEMO := $(VENV)/.stamp-demo
 FULL := $(VENV)/.stamp-full
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak book ladder notebooks tangle format clean
+.PHONY: help demo test soak gpu book ladder notebooks tangle format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,10 @@ soak: $(FULL)  ## the long runs: 200,000 random operations, 2,000 requests in a 
 	@NANOVLLM_OPERATIONS=200000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 \
 	  tests/conformance/from_stage_5 -k "not random_operations"
 	@$(BIN)/python tests/bench_scheduler.py
+
+gpu: $(FULL)  ## on a GPU: kernels, the conformance suite, 20,000 requests through one engine
+	@$(BIN)/python -m pytest -q tests/test_kernels.py
+	@NANOVLLM_DEVICE=cuda NANOVLLM_REQUESTS=20000 $(BIN)/python -m pytest -q tests/conformance
 
 book: $(FULL)  ## build the book from the stored outputs
 	@$(BIN)/jupyter-book build . -W --keep-going -q

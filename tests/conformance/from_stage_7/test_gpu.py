@@ -194,7 +194,10 @@ def test_a_step_that_is_padded_writes_only_its_own_slots(monkeypatch):
 
 @pytest.mark.parametrize("share", [0.5, 0.3])
 def test_an_engine_takes_the_memory_that_it_was_given(share):
-    """After the largest prompts and the largest batch, filters and all."""
+    """After the largest prompts and the largest batch, filters and all.
+
+    What CUDA holds for the process was there before; the engine leaves room for it.
+    """
     before, total = free_memory(), torch.cuda.mem_get_info()[1]
     with on_gpu(gpu_memory_utilization=share) as llm:
         prompts = random_prompts((100,) * 600, 1536, seed=74)
@@ -203,7 +206,7 @@ def test_an_engine_takes_the_memory_that_it_was_given(share):
             llm.generate(prompts, asked, use_tqdm=False)
         torch.cuda.synchronize()
         used = (before - torch.cuda.mem_get_info()[0]) / total
-        assert used == pytest.approx(share, rel=0.02)
+        assert share - 0.02 < used <= share
     assert before - free_memory() < 0.01 * total, "the memory was not given back"
 
 
