@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from math import ceil, floor, log10
 from pathlib import Path
 
@@ -40,8 +41,8 @@ def titles() -> list[str]:
     return names
 
 
-def measure(rounds: int, first_chapter: int, arguments: list[str]) -> dict:
-    """Run the benchmark on the stages from one on, `rounds` times each; medians and extremes."""
+def measure(rounds: int, first_chapter: int, arguments: list[str]) -> Iterator[dict]:
+    """Run the benchmark on the stages from one on; after each round, what is known by then."""
     names = titles()
     results: dict[int, list[dict]] = {k: [] for k in range(first_chapter, len(names) + 1)}
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +61,12 @@ def measure(rounds: int, first_chapter: int, arguments: list[str]) -> dict:
                 results[k].append(json.loads(run.stdout))
                 rate = results[k][-1]["output_tokens_per_s"]
                 print(f"round {number + 1}, chapter {k}: {rate:,.0f} tokens/s", flush=True)
-    first = results[first_chapter][0]
+            yield summary(results, names)
+
+
+def summary(results: dict[int, list[dict]], names: list[str]) -> dict:
+    """Medians and extremes of each stage's runs."""
+    first = next(iter(results.values()))[0]
     rungs = []
     for k, runs in results.items():
         spread = {name: [run[name] for run in runs] for name in FIGURES}
@@ -72,7 +78,7 @@ def measure(rounds: int, first_chapter: int, arguments: list[str]) -> dict:
         "model": first["model"],
         "machine": first["machine"],
         "workload": workload,
-        "rounds": rounds,
+        "rounds": len(next(iter(results.values()))),
         "rungs": rungs,
     }
 
@@ -125,9 +131,9 @@ def main() -> None:
     if not args.plot_only:
         arguments = ["--workload", args.workload, "--device", args.device]
         arguments += ["--shape", args.shape] if args.shape else []
-        ladder = measure(args.rounds, args.first, arguments)
         args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(json.dumps(ladder, indent=1) + "\n", encoding="utf-8")
+        for ladder in measure(args.rounds, args.first, arguments):
+            args.out.write_text(json.dumps(ladder, indent=1) + "\n", encoding="utf-8")
     draw(json.loads(args.out.read_text(encoding="utf-8")), args.figure)
 
 

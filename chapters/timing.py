@@ -1,18 +1,76 @@
-"""How long something takes, on a GPU or on a CPU."""
+"""How long something takes, on a GPU or on a CPU, and with which model."""
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from time import perf_counter
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+import tangle
 
 ON_GPU = torch.cuda.is_available()
+SHAPE = "qwen3-0.6b" if ON_GPU else None  # a published shape; None is the bundled model
 ROUNDS = 5
+
+
+@functools.cache
+def _shape_folder() -> tempfile.TemporaryDirectory:
+    from nanovllm.bench import SHAPES
+
+    folder = tempfile.TemporaryDirectory()
+    Path(folder.name, "config.json").write_text(json.dumps(SHAPES[SHAPE]))
+    return folder
+
+
+def measured_model() -> dict:
+    """Options of an LLM to measure with: `SHAPE` with random weights, or the bundled model.
+
+    Time does not depend on the values of the weights, and the bundled model is too small to keep a
+    GPU busy.
+    """
+    return {"model": _shape_folder().name, "load_format": "dummy"} if SHAPE else {}
+
+
+def run_on_stage(stage: int, script: str, **values: object) -> str:
+    """What a script prints that imports the package as of a chapter, in a process of its own.
+
+    It finds `values` under their names, and `OPTIONS`, which are `measured_model()`.
+    """
+    known = "".join(f"{n} = {v!r}\n" for n, v in {"OPTIONS": measured_model(), **values}.items())
+    with tempfile.TemporaryDirectory() as folder:
+        tangle.write_stage(stage, folder)
+        path = os.pathsep.join([folder, str(Path(__file__).parent)])
+        environment = {**os.environ, "PYTHONPATH": path}
+        command = [sys.executable, "-c", known + script]
+        return subprocess.check_output(command, env=environment, text=True)
+
+
+def token_seconds(llm, length: int, steps: int = 8, batch: int = 1) -> float:
+    """Seconds for one more token of `batch` texts of `length` tokens; the median of some steps."""
+    from nanovllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=1 + steps, ignore_eos=True)
+    for _ in range(batch):
+        llm.add_request([5] * length, params)
+    llm.step()  # the prompts
+    times = []
+    while not llm.is_finished():
+        start = perf_counter()
+        llm.step()
+        times.append(perf_counter() - start)
+    return statistics.median(times)
 
 
 def seconds(function: Callable[[int], object], copies: int = 1) -> float:
@@ -61,6 +119,35 @@ def host_seconds(function: Callable[[], object], calls: int = 200) -> float:
     if ON_GPU:
         torch.cuda.synchronize()
     return took / calls
+
+
+VIEWS = ("view", "reshape", "slice", "select", "transpose", "split", "unbind", "expand", "squeeze")
+
+
+def events(function: Callable[[], object]) -> list[tuple[str, float, float]]:
+    """Name, start and duration in us of what the device does while a function runs.
+
+    On a GPU these are kernels and copies; on a CPU the operations of torch that move data.
+    """
+    kind = ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU
+    with quiet(), warnings.catch_warnings():  # the profiler talks
+        warnings.simplefilter("ignore")
+        with profile(activities=[kind]) as trace:
+            function()
+            if ON_GPU:
+                torch.cuda.synchronize()
+        found = [
+            (event.name, event.time_range.start, event.time_range.elapsed_us())
+            for event in trace.events()
+            if (event.device_type.name == "CUDA" if ON_GPU else event.cpu_parent is None)
+            and not any(view in event.name for view in VIEWS)
+        ]
+    return sorted(found, key=lambda event: event[1])
+
+
+def launches(function: Callable[[], object]) -> int:
+    """How many kernels and copies (on a CPU, operations) the device runs for a function."""
+    return len(events(function))
 
 
 @contextmanager

@@ -117,7 +117,8 @@ def measure(llm: LLM, workload: Workload, repeats: int) -> dict:
     single = [fill.randrange(vocab_size) for _ in range(single_len)]
     first = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=1)
 
-    llm.generate(prompts[:2], first, use_tqdm=False)  # warm up
+    for shape in (prompts[:2], batch, single):  # warm up
+        llm.generate(shape, first, use_tqdm=False)
     total = spread(repeats, lambda: seconds(llm, prompts, params))
     prefill = spread(repeats, lambda: seconds(llm, batch, first))
     first_token = spread(repeats, lambda: seconds(llm, single, first))

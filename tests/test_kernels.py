@@ -39,6 +39,7 @@ from nanovllm.kernels.add_rms_norm import add_rms_norm, add_rms_norm_torch
 from nanovllm.kernels.decode_attention import paged_decode_attention
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
+from nanovllm.kernels.sample import sample
 from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_torch
 from nanovllm.kernels.small_linear import MAX_TOKENS, small_linear, small_linear_torch
 from nanovllm.kernels.store_kvcache import store_kvcache
@@ -204,7 +205,7 @@ def test_decode(shape, num_splits, ordered, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("num_splits", [2, 18, 32])
+@pytest.mark.parametrize("num_splits", [2, 18, 64])
 @pytest.mark.parametrize("place", [5, 1150])
 def test_decode_joins_many_parts(place, num_splits, dtype):
     """More parts than are joined at a time; what counts most is in an early one, or a late one."""
@@ -398,3 +399,14 @@ def test_sample_from_extreme_logits(floor, temperature):
     logits[range(7), places] = 1e4
     found = draw(logits, torch.full((7,), temperature), wide_integers(7), torch.arange(7))
     assert found.tolist() == places
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_sample_stays_within_the_vocabulary(temperature):
+    """Whatever the logits: broken weights shall not send the next step out of the embedding."""
+    logits = torch.randn(4, 5000)
+    logits[0], logits[1, 3000], logits[2] = torch.nan, torch.nan, -torch.inf
+    inputs = guarded(logits), torch.full((4,), temperature), wide_integers(4), torch.arange(4)
+    with kernels():
+        found = sample(*(x.to(DEV) for x in inputs))
+    assert ((0 <= found) & (found < 5000)).all()

@@ -96,3 +96,12 @@ def test_extreme_temperatures_draw_real_tokens(temperature):
     assert ((chosen >= 0) & (chosen < 50)).all()
     if temperature < 1:
         assert torch.equal(chosen, logits.argmax(dim=-1))
+
+
+def test_a_large_batch_is_filtered_part_by_part_to_the_same_tokens(monkeypatch):
+    n = 2 * sampler.ROWS + 3
+    logits, params = torch.randn(n, 200), sampling(n, temperature=0.9, top_k=20, top_p=0.8)
+    params.temperatures[::5], params.top_ks[::3] = 0, 0
+    in_parts = Sampler()(logits, params)
+    monkeypatch.setattr(sampler, "ROWS", n)
+    assert torch.equal(in_parts, Sampler()(logits, params))

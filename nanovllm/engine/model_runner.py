@@ -68,7 +68,9 @@ class Graph:
 
     graph: torch.cuda.CUDAGraph
     inputs: Inputs
-    logits: torch.Tensor  # [num_seqs, vocab_size]: where each replay leaves them
+    hidden: (
+        torch.Tensor
+    )  # [num_seqs, hidden_size]: where each replay leaves what logits are made of
 
 
 def is_filtered(params: list[SamplingParams]) -> bool:
@@ -122,13 +124,15 @@ class ModelRunner:
             if shape in self.graphs:
                 graph = self.graphs[shape]
                 graph.graph.replay()
-                inputs, logits = graph.inputs, graph.logits
+                inputs, hidden = graph.inputs, graph.hidden
             else:
                 inputs = self.inputs(shape)
-                logits = self.forward(inputs, self.context(seqs, inputs))
+                counts = [seq.num_scheduled_tokens for seq in seqs]
+                lens = [seq.num_computed_tokens + n for seq, n in zip(seqs, counts, strict=True)]
+                hidden = self.forward(inputs, self.context(inputs, counts, lens, counts.count(1)))
             params = [seq.params for seq in seqs]
             if shape not in self.graphs or is_filtered(params):  # no recorded step has a filter
-                self.sample(logits[: len(seqs)], inputs, params)
+                self.sample(hidden[: len(seqs)], inputs, params)
             return self.read_sampled(len(seqs))
 
     def read_sampled(self, num_seqs: int) -> Result:
@@ -142,16 +146,17 @@ class ModelRunner:
         return Result(sampled, done)
 
     def forward(self, inputs: Inputs, context: Context) -> torch.Tensor:
-        """Logits of each sequence's next token, [num_seqs, vocab_size]."""
+        """The hidden state of each sequence's last token, [num_seqs, hidden_size]."""
         input_ids = resolve_tokens(inputs["input_ids"], self.sampled)
         with set_context(context), sdpa_kernel(SDPA_BACKENDS):
             hidden = self.model(input_ids, inputs["positions"])
         if context.num_decodes < len(context.block_tables):
             hidden = hidden[inputs["last"]]  # of each prompt
-        return self.model.compute_logits(hidden)
+        return hidden
 
-    def sample(self, logits: torch.Tensor, inputs: Inputs, params: list[SamplingParams]) -> None:
-        """One token for each row of logits, into `sampled`; without params there is no filter."""
+    def sample(self, hidden: torch.Tensor, inputs: Inputs, params: list[SamplingParams]) -> None:
+        """One token for each row of hidden, into `sampled`; without params there is no filter."""
+        logits = self.model.compute_logits(hidden)
         n, any_filtered = len(logits), is_filtered(params)
         sampling = SamplingTensors(
             temperatures=inputs["temperatures"][:n],
@@ -284,7 +289,7 @@ class ModelRunner:
         """Bring a step's inputs to the device, padded to `shape`, in one copy."""
         layout, n = InputLayout(shape, self.max_blocks), len(seqs)
         host = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=self.on_gpu)
-        put = layout.arrays(host.numpy())
+        put = layout.views(host.numpy())
         first = np.array([seq.num_computed_tokens for seq in seqs], dtype=np.int64)
         count = np.array([seq.num_scheduled_tokens for seq in seqs], dtype=np.int64)
         kept = np.array([seq.num_cached_tokens for seq in seqs], dtype=np.int64)
@@ -322,16 +327,15 @@ class ModelRunner:
 
     def inputs(self, shape: Shape) -> Inputs:
         """The inputs of a step of this shape, where `fill_inputs` brings them."""
-        return InputLayout(shape, self.max_blocks).tensors(self.input_buffer)
+        return InputLayout(shape, self.max_blocks).views(self.input_buffer)
 
-    def context(self, seqs: list[Sequence], inputs: Inputs) -> Context:
-        """What attention has to know of a step that is not recorded."""
-        counts = [seq.num_scheduled_tokens for seq in seqs]
-        context_lens = [seq.num_computed_tokens + n for seq, n in zip(seqs, counts, strict=True)]
-        num_decodes = counts.count(1)
+    def context(
+        self, inputs: Inputs, counts: list[int], context_lens: list[int], num_decodes: int
+    ) -> Context:
+        """What attention has to know of a step whose sequences bring so many tokens each."""
         return Context(
             slot_mapping=inputs["slot_mapping"],
-            block_tables=inputs["block_tables"].view(len(seqs), -1),
+            block_tables=inputs["block_tables"].view(-1, self.max_blocks),
             context_lens=context_lens,
             mask=self.decode_mask(context_lens[:num_decodes]) if num_decodes else None,
             num_decodes=num_decodes,
@@ -369,28 +373,20 @@ class ModelRunner:
     def record(self, shape: Shape, pool: tuple[int, int]) -> Graph:
         """A step of this shape, all of it padding, run once and then recorded."""
         self.fill_inputs([], shape)
-        inputs = self.inputs(shape)
-        context = Context(
-            slot_mapping=inputs["slot_mapping"],
-            block_tables=inputs["block_tables"].view(shape.num_seqs, -1),
-            context_lens=[],
-            num_decodes=shape.num_seqs if shape.is_decode else 0,
-            cu_seqlens=[0, shape.num_tokens],  # a sequence may bring them all
-            lens=inputs["context_lens"],
-            starts=inputs["cu_seqlens"],
-            order=inputs["order"],
-        )
+        inputs, num_decodes = self.inputs(shape), shape.num_seqs if shape.is_decode else 0
+        # A sequence may bring all the tokens; its length is on the device.
+        context = self.context(inputs, [shape.num_tokens], [], num_decodes)
 
         def step() -> torch.Tensor:
-            logits = self.forward(inputs, context)
-            self.sample(logits, inputs, [])
-            return logits
+            hidden = self.forward(inputs, context)
+            self.sample(hidden, inputs, [])
+            return hidden
 
         step()  # what compiles or allocates on its first run must not do so while recorded
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits = step()
-        return Graph(graph, inputs, logits)
+            hidden = step()
+        return Graph(graph, inputs, hidden)
 
     def current_device(self):
         """Make the device the current one of CUDA, for the length of a `with`."""

@@ -79,7 +79,7 @@ class Scheduler:
         return singles + chunks
 
     def schedule_tokens(self, seq: Sequence, num_tokens: int) -> None:
-        """Let a sequence bring its next tokens; the blocks that they fill can be found at once."""
+        """Let a sequence bring its next tokens; blocks that are known can be found."""
         seq.num_scheduled_tokens = num_tokens
         num_computed = seq.num_computed_tokens + num_tokens
         self.block_manager.cache_blocks(seq, min(num_computed, seq.num_known_tokens))

@@ -1,6 +1,6 @@
 """A step's inputs, all in one buffer: one copy brings them to the device."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,18 +53,12 @@ class InputLayout:
             self.offsets[name] = self.num_bytes
             self.num_bytes += -(-count * np.dtype(kind).itemsize // ALIGNMENT) * ALIGNMENT
 
-    def arrays(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
-        """The inputs as arrays in a buffer of bytes."""
-        at = self.offsets
+    def views(self, buffer: np.ndarray | torch.Tensor) -> dict[str, Any]:
+        """The inputs in a buffer of bytes: arrays in an array, tensors in a tensor."""
+        is_tensor, at = isinstance(buffer, torch.Tensor), self.offsets
         return {
-            name: buffer[at[name] : at[name] + count * np.dtype(kind).itemsize].view(kind)
-            for name, (kind, count) in self.fields.items()
-        }
-
-    def tensors(self, buffer: torch.Tensor) -> Inputs:
-        """The inputs as tensors in a buffer of bytes on the device."""
-        at = self.offsets
-        return {
-            name: buffer[at[name] : at[name] + count * np.dtype(kind).itemsize].view(DTYPES[kind])
+            name: buffer[at[name] : at[name] + count * np.dtype(kind).itemsize].view(
+                DTYPES[kind] if is_tensor else kind
+            )
             for name, (kind, count) in self.fields.items()
         }

@@ -2,7 +2,7 @@
 
 import torch
 
-from nanovllm.kernels.jit import overlaps, tl, triton, wait_for_inputs
+from nanovllm.kernels.jit import num_processors, overlaps, tl, triton, wait_for_inputs
 
 CHUNK = tl.constexpr(16)  # parts that are joined at a time
 
@@ -29,6 +29,9 @@ def decode_kernel(
     item = seq * NUM_KV_HEADS + kv_head
     context_len = tl.load(context_lens + seq)
     per_split = tl.cdiv(tl.cdiv(context_len, TILE), num_splits) * TILE
+    used = tl.cdiv(context_len, tl.maximum(per_split, 1))  # parts of a short context are left out
+    if split >= tl.maximum(used, 1):
+        return
     start = split * per_split
     stop = tl.minimum(start + per_split, context_len)
     q_row = (item.to(tl.int64) * GROUP + row[:, None]) * HEAD_DIM + channel[None, :]
@@ -71,13 +74,12 @@ def decode_kernel(
         weight = tl.where(total > 0, best + tl.log2(tl.where(total > 0, total, 1.0)), -float("inf"))
         tl.store(lse + at + row, weight, mask=row < GROUP)
         tl.debug_barrier()  # all of this part is written before it is counted
-        if tl.atomic_add(counters + item, 1, sem="acq_rel") == num_splits - 1:
+        if tl.atomic_add(counters + item, 1, sem="acq_rel") >= used - 1:
             tl.store(counters + item, 0)
             head = tl.arange(0, GROUP_ROWS)
             best_all = tl.full([GROUP_ROWS], -float("inf"), tl.float32)
             total_all = tl.zeros([GROUP_ROWS], tl.float32)
             sum_all = tl.zeros([GROUP_ROWS, HEAD_DIM], tl.float32)
-            used = tl.cdiv(context_len, tl.maximum(per_split, 1))
             for first in range(0, used, CHUNK):
                 part = first + tl.arange(0, CHUNK)
                 source = (part[:, None] * num_rows + item) * GROUP + head[None, :]
@@ -105,8 +107,7 @@ def decode_kernel(
 
 
 LOG2_E = 1.4426950408889634
-MAX_SPLITS = 32
-_counters: dict[torch.device, torch.Tensor] = {}
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def paged_decode_attention(
@@ -135,32 +136,37 @@ def paged_decode_attention(
     rows, pdl = len(block_tables) * num_kv_heads, overlaps(q)
     splits = splits_for(rows, q.device) if num_splits is None else num_splits
     is_ordered = order is not None and splits == 1
-    tile, stages = (32, 2) if q.element_size() == 4 else (64, 3)
+    if q.element_size() == 4:
+        tile, stages, warps = 32, 2, 2
+    else:  # measured; many small parts hide the memory's latency best
+        tile, stages, warps = (64, 3, 2) if splits == 1 else (32, 4, 1)
     out = torch.empty_like(q) if out is None else out
     partial = q.new_empty((splits, rows, group, head_dim), dtype=torch.float32)
     lse = q.new_empty((splits, rows, group), dtype=torch.float32)
     decode_kernel[rows, splits](
-        out, partial, lse, counters(rows, q.device), q, k_cache, v_cache, block_tables,
-        context_lens, order if is_ordered else context_lens, scale * LOG2_E,
-        block_tables.stride(0), splits,
+        out, partial, lse, counters(rows, q.device) if splits > 1 else context_lens,
+        q, k_cache, v_cache, block_tables, context_lens, order if is_ordered else context_lens,
+        scale * LOG2_E, block_tables.stride(0), splits,
         BLOCK_SIZE=block_size, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim,
         ROWS=max(16, triton.next_power_of_2(group)), GROUP_ROWS=triton.next_power_of_2(group),
         TILE=tile, IS_SPLIT=splits > 1, IS_ORDERED=is_ordered, PDL=pdl, launch_pdl=pdl,
-        num_warps=2 if splits == 1 else 4, num_stages=stages,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
 
 def splits_for(rows: int, device: torch.device) -> int:
-    """So many parts that every multiprocessor has about four programs."""
-    processors = 1
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(MAX_SPLITS, 4 * processors // rows))
+    """1 where every multiprocessor has two programs without; else so many that it has eight."""
+    processors = num_processors(device)
+    return 1 if rows >= 2 * processors else min(processors // 2, 8 * processors // rows)
 
 
 def counters(num: int, device: torch.device) -> torch.Tensor:
-    """Zeros that the kernel counts in; it leaves them zero."""
-    if device not in _counters or len(_counters[device]) < num:
-        _counters[device] = torch.zeros(max(num, 1 << 14), dtype=torch.int32, device=device)
-    return _counters[device]
+    """Zeros that the kernel counts in, [num or more] int32; it leaves them zero.
+
+    They are kept for good, since a recorded step knows their address.
+    """
+    size = max(1 << 10, triton.next_power_of_2(num))
+    if (device, size) not in _counters:
+        _counters[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
+    return _counters[device, size]

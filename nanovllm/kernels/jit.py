@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -51,7 +52,21 @@ def overlaps(x: torch.Tensor) -> bool:
 
     Programmatic dependent launch: from compute capability 9.0 on.
     """
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return x.is_cuda and capability(x.device) >= (9, 0)
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The generation of a GPU; a launch is too short to ask each time."""
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; the interpreter plays a small one."""
+    if device.type == "cpu":
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

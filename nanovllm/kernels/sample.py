@@ -73,7 +73,8 @@ def sample_part_kernel(
     tl.store(highest + at, best)
     top = tl.max(score, axis=0)
     tl.store(scores + at, top)
-    tl.store(tokens + at, tl.min(tl.where(score == top, column, vocab_size), axis=0))
+    # Where all is NaN, whatever token, but one that there is.
+    tl.store(tokens + at, tl.min(tl.where(score == top, column, vocab_size - 1), axis=0))
 
 
 @triton.jit
@@ -92,5 +93,5 @@ def sample_best_kernel(
         score += behind / tl.maximum(temperature, TINY)
     else:
         score = behind
-    winner = tl.argmax(score, axis=0)
+    winner = tl.minimum(tl.argmax(score, axis=0), parts - 1)
     tl.store(token_ids + seq, tl.load(tokens + seq * parts + winner).to(tl.int64))

@@ -1,6 +1,6 @@
 """From logits to token ids."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -63,6 +63,14 @@ class SamplingTensors:
     all_greedy: bool
     any_filtered: bool  # some sequence has top-k or top-p
 
+    def rows(self, rows: slice) -> "SamplingTensors":
+        """The parameters of a part of the batch."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return SamplingTensors(*(v[rows] if isinstance(v, torch.Tensor) else v for v in values))
+
+
+ROWS = 64  # at a time, for a sort takes more than ten bytes of memory for each byte of logits
+
 
 class Sampler(nn.Module):
     """Chooses one token a sequence: greedily, or by the Gumbel-max trick (Maddison et al. 2014)."""
@@ -71,6 +79,9 @@ class Sampler(nn.Module):
         """logits: [num_seqs, vocab_size] -> token_ids: [num_seqs] int64"""
         if uses_triton(logits) and not sampling.any_filtered:
             return sample(logits, sampling.temperatures, sampling.seeds, sampling.positions)
+        if len(logits) > ROWS:
+            parts = [slice(start, start + ROWS) for start in range(0, len(logits), ROWS)]
+            return torch.cat([self(logits[rows], sampling.rows(rows)) for rows in parts])
         greedy = logits.argmax(dim=-1)
         if sampling.all_greedy:
             return greedy

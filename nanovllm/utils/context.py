@@ -16,7 +16,7 @@ class Context:
     """
 
     slot_mapping: torch.Tensor  # [num_tokens] int64: each token's slot; -1 is nobody's
-    block_tables: torch.Tensor  # [num_seqs, max_blocks] int64, short tables padded with 0
+    block_tables: torch.Tensor  # [num_seqs, max_blocks], short tables padded with 0
     context_lens: list[int]  # tokens that each sequence's newest token sees, itself included
     mask: torch.Tensor | None = None  # decode: [num_decodes, 1, 1, max_context_len]; None: see all
     num_decodes: int = 0

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import re
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from in_flight import check_done, check_in_flight
 from memory import block_manager, free_ids, greedy
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.bench import SHAPES
 
 pytestmark = pytest.mark.gpu
 NUM_REQUESTS = int(os.environ.get("NANOVLLM_REQUESTS", 300))
@@ -192,14 +194,24 @@ def test_a_step_that_is_padded_writes_only_its_own_slots(monkeypatch):
 # ---- Memory ----
 
 
+@pytest.fixture
+def wide(tmp_path) -> dict:
+    """Options of a model with a vocabulary of 151,936 and two layers, random weights."""
+    shape = {**SHAPES["qwen3-0.6b"], "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    return {"model": str(tmp_path), "load_format": "dummy"}
+
+
 @pytest.mark.parametrize("share", [0.5, 0.3])
-def test_an_engine_takes_the_memory_that_it_was_given(share):
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_an_engine_takes_the_memory_that_it_was_given(share, is_wide, wide):
     """After the largest prompts and the largest batch, filters and all.
 
     What CUDA holds for the process was there before; the engine leaves room for it.
     """
     before, total = free_memory(), torch.cuda.mem_get_info()[1]
-    with on_gpu(gpu_memory_utilization=share) as llm:
+    options = {**wide, "dtype": "bfloat16"} if is_wide else {}
+    with on_gpu(gpu_memory_utilization=share, **options) as llm:
         prompts = random_prompts((100,) * 600, 1536, seed=74)
         params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, max_tokens=12)
         for asked in (params, greedy(12)):
@@ -260,7 +272,9 @@ def test_bfloat16_logits_are_close_to_the_reference(bundled, monkeypatch, batch)
 
         def recording(seqs):
             result, shape = run(seqs), runner.shape_for(seqs)
-            for seq, row in zip(seqs, runner.graphs[shape].logits, strict=False):
+            with torch.inference_mode():
+                rows = runner.model.compute_logits(runner.graphs[shape].hidden)
+            for seq, row in zip(seqs, rows, strict=False):
                 logits.setdefault(seq.seq_id, []).append(row.float().cpu())
             return result
 
