@@ -106,7 +106,8 @@ def draw(ladder: dict, path: Path) -> None:
         axis.grid(axis="y", visible=False)
     axes[0].invert_yaxis()
     what = f"{ladder['model']}, {machine['dtype']}, {machine['device']}, torch {machine['torch']}"
-    how = f"{work['output_tokens']:,} output tokens, median of {ladder['rounds']} runs"
+    rounds = f"median of {ladder['rounds']} runs" if ladder["rounds"] > 1 else "one run of each"
+    how = f"{work['output_tokens']:,} output tokens, {rounds}"
     figure.supxlabel(f"{what}; {how}", color=SOFT, fontsize=9)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
