@@ -68,9 +68,7 @@ class Graph:
 
     graph: torch.cuda.CUDAGraph
     inputs: Inputs
-    hidden: (
-        torch.Tensor
-    )  # [num_seqs, hidden_size]: where each replay leaves what logits are made of
+    hidden: torch.Tensor  # [num_seqs, hidden_size]: what a replay makes its logits of
 
 
 def is_filtered(params: list[SamplingParams]) -> bool:
