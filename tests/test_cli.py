@@ -92,9 +92,8 @@ def test_ctrl_c_ends_with_130_and_no_traceback():
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    command = (
-        f"{sys.executable} -m nanovllm generate Once --ignore-eos --max-tokens 500 | head -c 5"
-    )
+    options = "--temperature 0 --ignore-eos --max-tokens 500"
+    command = f"{sys.executable} -m nanovllm generate Once {options} | head -c 5"
     ran = subprocess.run(
         command, shell=True, env=ENVIRONMENT, capture_output=True, text=True, timeout=100
     )
