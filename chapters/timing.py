@@ -124,6 +124,11 @@ def host_seconds(function: Callable[[], object], calls: int = 200) -> float:
 VIEWS = ("view", "reshape", "slice", "select", "transpose", "split", "unbind", "expand", "squeeze")
 
 
+def moves_data(event) -> bool:
+    """Is this an operation of torch that was asked for, and not a view?"""
+    return event.cpu_parent is None and not any(view in event.name for view in VIEWS)
+
+
 def events(function: Callable[[], object]) -> list[tuple[str, float, float]]:
     """Name, start and duration in us of what the device does while a function runs.
 
@@ -139,8 +144,7 @@ def events(function: Callable[[], object]) -> list[tuple[str, float, float]]:
         found = [
             (event.name, event.time_range.start, event.time_range.elapsed_us())
             for event in trace.events()
-            if (event.device_type.name == "CUDA" if ON_GPU else event.cpu_parent is None)
-            and not any(view in event.name for view in VIEWS)
+            if (event.device_type.name == "CUDA" if ON_GPU else moves_data(event))
         ]
     return sorted(found, key=lambda event: event[1])
 
