@@ -42,7 +42,7 @@ def titles() -> list[str]:
 
 
 def measure(rounds: int, first_chapter: int, arguments: list[str]) -> Iterator[dict]:
-    """Run the benchmark on the stages from one on; after each round, what is known by then."""
+    """Run the benchmark on the stages from one on; after each run, what is known by then."""
     names = titles()
     results: dict[int, list[dict]] = {k: [] for k in range(first_chapter, len(names) + 1)}
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +61,7 @@ def measure(rounds: int, first_chapter: int, arguments: list[str]) -> Iterator[d
                 results[k].append(json.loads(run.stdout))
                 rate = results[k][-1]["output_tokens_per_s"]
                 print(f"round {number + 1}, chapter {k}: {rate:,.0f} tokens/s", flush=True)
-            yield summary(results, names)
+                yield summary({k: runs for k, runs in results.items() if runs}, names)
 
 
 def summary(results: dict[int, list[dict]], names: list[str]) -> dict:
@@ -78,7 +78,7 @@ def summary(results: dict[int, list[dict]], names: list[str]) -> dict:
         "model": first["model"],
         "machine": first["machine"],
         "workload": workload,
-        "rounds": len(next(iter(results.values()))),
+        "rounds": min(map(len, results.values())),
         "rungs": rungs,
     }
 

@@ -4,7 +4,7 @@ import torch
 
 from nanovllm.kernels.jit import num_processors, overlaps, tl, triton, wait_for_inputs
 
-CHUNK = tl.constexpr(16)  # parts that are joined at a time
+CHUNK = tl.constexpr(32)  # parts that are joined at a time
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -23,7 +23,6 @@ def decode_kernel(
     seq, kv_head = tl.program_id(0) // NUM_KV_HEADS, tl.program_id(0) % NUM_KV_HEADS
     split, num_rows = tl.program_id(1), tl.num_programs(0)
     row, channel, column = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM), tl.arange(0, TILE)
-    wait_for_inputs(PDL)
     if IS_ORDERED:
         seq = tl.load(order + seq)
     item = seq * NUM_KV_HEADS + kv_head
@@ -36,11 +35,12 @@ def decode_kernel(
     stop = tl.minimum(start + per_split, context_len)
     q_row = (item.to(tl.int64) * GROUP + row[:, None]) * HEAD_DIM + channel[None, :]
     is_head = row[:, None] < GROUP
+    table = block_tables + seq.to(tl.int64) * table_stride
+    wait_for_inputs(PDL)
     queries = tl.load(q + q_row, mask=is_head, other=0.0)
     best = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mean = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    table = block_tables + seq.to(tl.int64) * table_stride
     for at in range(start, stop, TILE):
         there = at + column < stop
         if BLOCK_SIZE % TILE == 0:  # the tile lies in one block
@@ -136,13 +136,13 @@ def paged_decode_attention(
     rows, pdl = len(block_tables) * num_kv_heads, overlaps(q)
     splits = splits_for(rows, q.device) if num_splits is None else num_splits
     is_ordered = order is not None and splits == 1
-    if q.element_size() == 4:
-        tile, stages, warps = 32, 2, 2
-    else:  # measured; many small parts hide the memory's latency best
-        tile, stages, warps = (64, 3, 2) if splits == 1 else (32, 4, 1)
+    # Measured: small parts where a few sequences have the chip to themselves.
+    tile, stages = (64, 3) if splits <= 16 and q.element_size() == 2 else (32, 2)
     out = torch.empty_like(q) if out is None else out
-    partial = q.new_empty((splits, rows, group, head_dim), dtype=torch.float32)
-    lse = q.new_empty((splits, rows, group), dtype=torch.float32)
+    partial = lse = out
+    if splits > 1:
+        partial = q.new_empty((splits, rows, group, head_dim), dtype=torch.float32)
+        lse = q.new_empty((splits, rows, group), dtype=torch.float32)
     decode_kernel[rows, splits](
         out, partial, lse, counters(rows, q.device) if splits > 1 else context_lens,
         q, k_cache, v_cache, block_tables, context_lens, order if is_ordered else context_lens,
@@ -150,15 +150,15 @@ def paged_decode_attention(
         BLOCK_SIZE=block_size, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim,
         ROWS=max(16, triton.next_power_of_2(group)), GROUP_ROWS=triton.next_power_of_2(group),
         TILE=tile, IS_SPLIT=splits > 1, IS_ORDERED=is_ordered, PDL=pdl, launch_pdl=pdl,
-        num_warps=warps, num_stages=stages,
+        num_warps=2, num_stages=stages,
     )  # fmt: skip
     return out
 
 
 def splits_for(rows: int, device: torch.device) -> int:
-    """1 where every multiprocessor has two programs without; else so many that it has eight."""
+    """1 where every multiprocessor has two programs without; else so many that it has four."""
     processors = num_processors(device)
-    return 1 if rows >= 2 * processors else min(processors // 2, 8 * processors // rows)
+    return 1 if rows >= 2 * processors else min(processors // 2, 4 * processors // rows)
 
 
 def counters(num: int, device: torch.device) -> torch.Tensor:

@@ -73,8 +73,9 @@ def num_processors(device: torch.device) -> int:
 def wait_for_inputs(PDL: tl.constexpr):
     """Let the next kernel start early, then wait until the one before has written its results.
 
-    What a kernel does before this call overlaps the end of its predecessor, so it may read
-    weights, and nothing that a kernel writes.
+    What a kernel does before this call overlaps the end of its predecessors. There it may read
+    weights and the step's inputs, which lie ready since before the embedding (that is torch's
+    kernel, and waits for all before it), and nothing that this project's kernels write.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

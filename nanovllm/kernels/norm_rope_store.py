@@ -90,10 +90,10 @@ def norm_rope_store_kernel(
     left, right = zero + channel, zero + channel + HALF
     weights1 = tl.where(is_q, tl.load(q_weight + left), tl.load(k_weight + left)).to(tl.float32)
     weights2 = tl.where(is_q, tl.load(q_weight + right), tl.load(k_weight + right)).to(tl.float32)
-    wait_for_inputs(PDL)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     angle = cos_sin + tl.load(positions + token).to(tl.int64) * DIM + channel
     cos, sin = tl.load(angle), tl.load(angle + HALF)
+    wait_for_inputs(PDL)
     x = qkv + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * DIM + head * DIM + channel
     x1 = tl.load(x, mask=there, other=0.0).to(tl.float32)
     x2 = tl.load(x + HALF, mask=there, other=0.0).to(tl.float32)

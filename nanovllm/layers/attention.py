@@ -132,7 +132,7 @@ def triton_attention(
 ) -> torch.Tensor:
     """Decodes and prompts by this project's kernels."""
     out, n, tables = torch.empty_like(q), context.num_decodes, context.block_tables
-    lens, starts = context.on_device()
+    lens, starts = context.lens, context.starts
     if n > 0:
         paged_decode_attention(
             q, k_cache, v_cache, tables[:n], lens, scale, out, order=context.order
@@ -155,7 +155,7 @@ def flash_attention(
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
     out, n, tables = torch.empty_like(q), context.num_decodes, context.block_tables
-    lens, starts = context.on_device()
+    lens, starts = context.lens, context.starts
     if n > 0:
         settings = dict(softmax_scale=scale, causal=True, block_table=tables[:n])
         out[:n] = flash_attn_with_kvcache(
@@ -177,7 +177,7 @@ BACKENDS = {"torch": torch_attention, "triton": triton_attention, "flash_attn": 
 def choose_backend(config: Config, head_dim: int) -> str:
     """The attention backend that `config` asks for; ValueError where it can't be had.
 
-    "auto" is our kernels on a GPU: flash-attn was hardly faster on any shape that we measured.
+    "auto" is our kernels on a GPU: flash-attn was not faster on any shape that we measured.
     """
     name, device = config.attention_backend, config.torch_device
     fits = 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0

@@ -31,15 +31,14 @@ class Context:
         """The most tokens that a sequence brings."""
         return max((b - a for a, b in itertools.pairwise(self.cu_seqlens)), default=0)
 
-    def on_device(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`lens` and `starts`, for the kernels; like the slots, all layers ask for the same."""
+    def __post_init__(self):
+        """What kernels read has to lie on the device before the step begins."""
         if self.lens is None:
             kind = dict(dtype=torch.int32, device=self.slot_mapping.device)
             self.lens = torch.tensor(self.context_lens, **kind)
             self.order = self.lens[: self.num_decodes].argsort(descending=True).int()
             if self.cu_seqlens is not None:
                 self.starts = torch.tensor(self.cu_seqlens, **kind)
-        return self.lens, self.starts
 
     def slots(self, start: int, stop: int, block_size: int) -> torch.Tensor:
         """Where the tokens of sequences start … stop - 1 lie, [stop - start, longest] int64.
