@@ -128,7 +128,7 @@ def paged_decode_attention(
     [num_seqs, max_blocks]; context_lens: [num_seqs] int32, 0 for a row that is padding (its output
     is 0). head_dim is a power of two. Each context is cut into `num_splits` parts, which run side
     by side. `order`: [num_seqs] int32, in which to begin; the longest first leaves the least wait
-    at the end.
+    at the end. It and the lengths are read early: see `wait_for_inputs`.
     """
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
@@ -136,7 +136,7 @@ def paged_decode_attention(
     rows, pdl = len(block_tables) * num_kv_heads, overlaps(q)
     splits = splits_for(rows, q.device) if num_splits is None else num_splits
     is_ordered = order is not None and splits == 1
-    # Measured: small parts where a few sequences have the chip to themselves.
+    # Measured: small tiles, for more parts, where a few sequences have the chip to themselves.
     tile, stages = (64, 3) if splits <= 16 and q.element_size() == 2 else (32, 2)
     out = torch.empty_like(q) if out is None else out
     partial = lse = out

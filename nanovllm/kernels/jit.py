@@ -74,8 +74,8 @@ def wait_for_inputs(PDL: tl.constexpr):
     """Let the next kernel start early, then wait until the one before has written its results.
 
     What a kernel does before this call overlaps the end of its predecessors. There it may read
-    weights and the step's inputs, which lie ready since before the embedding (that is torch's
-    kernel, and waits for all before it), and nothing that this project's kernels write.
+    weights and the step's inputs, which lie ready since before the embedding, and nothing that
+    any kernel after that writes. (The embedding is torch's: no kernel starts before its end.)
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
