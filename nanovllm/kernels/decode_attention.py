@@ -139,7 +139,7 @@ def paged_decode_attention(
     # Measured: small tiles, for more parts, where a few sequences have the chip to themselves.
     tile, stages = (64, 3) if splits <= 16 and q.element_size() == 2 else (32, 2)
     out = torch.empty_like(q) if out is None else out
-    partial = lse = out
+    partial = lse = out  # where nothing is split, nobody uses them
     if splits > 1:
         partial = q.new_empty((splits, rows, group, head_dim), dtype=torch.float32)
         lse = q.new_empty((splits, rows, group), dtype=torch.float32)
