@@ -1,4 +1,4 @@
-"""Compile every kernel for a GPU that need not be there; print how often each was compiled.
+"""Compile every kernel for a GPU that need not be there; print which were compiled.
 
 The interpreter runs kernels as Python and knows neither types nor shared memory, so it accepts
 what the compiler refuses. Usage: compile_kernels.py COMPUTE_CAPABILITY, as 90.
@@ -10,7 +10,6 @@ import importlib
 import json
 import pkgutil
 import sys
-from collections import Counter
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -18,14 +17,19 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import nanovllm.kernels as package
+from nanovllm.kernels.add_rms_norm import add_rms_norm
+from nanovllm.kernels.decode_attention import paged_decode_attention
+from nanovllm.kernels.norm_rope_store import norm_rope_store
+from nanovllm.kernels.prefill_attention import paged_prefill_attention
+from nanovllm.kernels.resolve_tokens import resolve_tokens
+from nanovllm.kernels.sample import sample
+from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.kernels.small_linear import small_linear
+from nanovllm.kernels.store_kvcache import store_kvcache
 
 CAPABILITY = int(sys.argv[1])
 MULTIPROCESSORS, SHARED_MEMORY = {80: (108, 163 << 10), 90: (132, 227 << 10)}[CAPABILITY]
-modules = {
-    info.name: importlib.import_module(f"{package.__name__}.{info.name}")
-    for info in pkgutil.iter_modules(package.__path__)
-}
-compiled: Counter[str] = Counter()
+compiled: set[str] = set()
 
 
 class NoGPU:
@@ -50,14 +54,15 @@ def compile_only(self: JITFunction, *args, grid, warmup, **kwargs):
     name = self.fn.__name__
     assert kernel.metadata.shared <= SHARED_MEMORY, (name, kernel.metadata.shared, kwargs)
     assert ("griddepcontrol" in kernel.asm["ptx"]) == bool(kwargs.get("PDL")), name
-    compiled[name] += 1
+    compiled.add(name)
 
 
 def pretend() -> None:
     """Launches compile, and tensors count as those of the GPU."""
     driver.set_active(NoGPU())
     JITFunction.run = compile_only
-    for module in modules.values():
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
         for name, pretended in {
             "uses_triton": lambda x: True,
             "overlaps": lambda x: CAPABILITY >= 90,
@@ -67,12 +72,6 @@ def pretend() -> None:
                 setattr(module, name, pretended)
 
 
-def call(name: str, *args, **options) -> None:
-    """A wrapper, by its name."""
-    homes = [vars(module) for module in modules.values() if name in vars(module)]
-    homes[0][name](*args, **options)
-
-
 def attention(dtype: torch.dtype, head_dim: int, group: int, block_size: int) -> None:
     """Decode at batch sizes from one sequence to so many that nothing is split, and prefill."""
     for batch in (1, 8, 64):
@@ -80,30 +79,30 @@ def attention(dtype: torch.dtype, head_dim: int, group: int, block_size: int) ->
         caches = torch.zeros(2, 4, block_size, 8, head_dim, dtype=dtype)
         tables = torch.zeros(batch, 4, dtype=torch.int32)
         lens = torch.ones(batch, dtype=torch.int32)
-        call("paged_decode_attention", q, *caches, tables, lens, 0.1, order=lens)
+        paged_decode_attention(q, *caches, tables, lens, 0.1, order=lens)
     starts = torch.arange(batch + 1, dtype=torch.int32)
-    call("paged_prefill_attention", q, *caches, tables, lens, starts, 1, 0.1)
+    paged_prefill_attention(q, *caches, tables, lens, starts, 1, 0.1)
 
 
 def layers(dtype: torch.dtype, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:
     """What lies around attention, for one token and for many."""
     for n in (1, 600):
         x, ones = torch.zeros(n, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype)
-        call("add_rms_norm", x, None, ones, 1e-6)
-        call("add_rms_norm", x, x.clone(), ones, 1e-6)
-        call("silu_and_mul", torch.zeros(n, 6 * hidden, dtype=dtype))
+        add_rms_norm(x, None, ones, 1e-6)
+        add_rms_norm(x, x.clone(), ones, 1e-6)
+        silu_and_mul(torch.zeros(n, 6 * hidden, dtype=dtype))
         caches = torch.zeros(2, 4, 256, kv_heads, head_dim, dtype=dtype)
         k, slots = torch.zeros(n, kv_heads, head_dim, dtype=dtype), torch.arange(n)
-        call("store_kvcache", k, k, *caches, slots)
+        store_kvcache(k, k, *caches, slots)
         qkv = torch.zeros(n, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
         one, angles = torch.ones(head_dim, dtype=dtype), torch.zeros(9, 2, 1, head_dim // 2)
-        call("norm_rope_store", qkv, one, one, 1e-6, slots, angles, *caches, slots)
+        norm_rope_store(qkv, one, one, 1e-6, slots, angles, *caches, slots)
     for silu in (False, True):
         weight = torch.zeros(3 * hidden, hidden, dtype=dtype)
-        call("small_linear", torch.zeros(2, hidden, dtype=dtype), weight, silu)
+        small_linear(torch.zeros(2, hidden, dtype=dtype), weight, silu)
     ids, logits = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 5000, dtype=dtype)
-    call("sample", logits, torch.ones(3), ids, ids)
-    call("resolve_tokens", ids, ids)
+    sample(logits, torch.ones(3), ids, ids)
+    resolve_tokens(ids, ids)
 
 
 if __name__ == "__main__":
@@ -114,4 +113,4 @@ if __name__ == "__main__":
     attention(torch.bfloat16, head_dim=64, group=1, block_size=16)
     attention(torch.bfloat16, head_dim=128, group=8, block_size=64)
     layers(torch.bfloat16, hidden=256, heads=6, kv_heads=2, head_dim=64)
-    print(json.dumps(compiled))
+    print(json.dumps(sorted(compiled)))

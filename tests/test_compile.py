@@ -23,5 +23,4 @@ def test_every_kernel_compiles(capability, tmp_path):
     command = [sys.executable, str(HERE / "compile_kernels.py"), str(capability)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    compiled = json.loads(done.stdout)
-    assert compiled.keys() == names and len(names) >= 10
+    assert set(json.loads(done.stdout)) == names and len(names) >= 10
