@@ -68,7 +68,9 @@ def sample_part_kernel(
     score = x - tl.where(best > -float("inf"), best, 0.0)  # a part may be all -inf
     if temperature > 0:
         a, b = key_words(tl.load(seeds + seq), tl.load(positions + seq))
-        bits = mix32(mix32(column.to(tl.uint32) + a) + b)
+        word = column.to(tl.uint32) * tl.full([], 0x9E3779B9, tl.uint32)
+        word = (word ^ (word >> 16)) + a
+        bits = mix32((word ^ (word >> 16)) * tl.full([], 0x85EBCA6B, tl.uint32) + b)
         uniform = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2**-32
         uniform = tl.minimum(uniform, 0.99999994)
         # -log(1 - u), by its series where 1 - u would lose what u has

@@ -40,9 +40,10 @@ def exponential_noise(seeds: torch.Tensor, positions: torch.Tensor, size: int) -
     generator (Salmon et al. 2011) has no state: neither the batch nor the order can change it.
     """
     a, b = (word.unsqueeze(1) for word in key_words(seeds, positions))
-    column = torch.arange(size, device=seeds.device)
-    # With one word, added to the column, any two rows would be one sequence, shifted.
-    bits = mix32((mix32((column + a) & MASK32) + b) & MASK32)
+    column = (torch.arange(size, device=seeds.device) * 0x9E3779B9) & MASK32
+    # Each word is added to something scrambled: added to a count, it would only shift a sequence.
+    x = ((column ^ (column >> 16)) + a) & MASK32
+    bits = mix32(((x ^ (x >> 16)) * 0x85EBCA6B + b) & MASK32)
     uniform = (bits.float() + 0.5) * 2.0**-32
     return -torch.log1p(-uniform.clamp(max=1 - 2.0**-24))  # float32 may have rounded it up to 1
 
