@@ -15,7 +15,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import InputLayout, Inputs, Shape
 from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.layers.attention import Attention, choose_backend
-from nanovllm.layers.sampler import ROWS, Sampler, SamplingTensors, sample_torch
+from nanovllm.layers.sampler import ROWS, Sampler, SamplingTensors, is_filtered, sample_torch
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.context import Context, set_context
@@ -35,11 +35,6 @@ def default_dtype(dtype: torch.dtype):
         yield
     finally:
         torch.set_default_dtype(previous)
-
-
-def is_filtered(params: SamplingParams) -> bool:
-    """Can top-k or top-p change what is drawn? The likeliest token passes every filter."""
-    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -131,7 +126,7 @@ class ModelRunner:
             params = [seq.params for seq in seqs]
             if shape not in self.graphs:
                 self.sample(hidden[: len(seqs)], inputs, params)
-            self.sample_filtered(hidden, inputs, params)
+            self.resample(hidden, inputs, params)
             return self.read_sampled(len(seqs))
 
     def read_sampled(self, num_seqs: int) -> Result:
@@ -159,33 +154,24 @@ class ModelRunner:
         `params` may be empty: they only tell whether all rows are greedy.
         """
         logits, n = self.model.compute_logits(hidden), len(hidden)
-        sampling = SamplingTensors(
-            temperatures=inputs["temperatures"][:n],
-            seeds=inputs["seeds"][:n],
-            positions=inputs["lengths"][:n],
-            all_greedy=len(params) > 0 and all(p.temperature == 0 for p in params),
-        )
-        self.sampled[:n] = self.sampler(logits, sampling)
+        is_greedy = len(params) > 0 and all(p.temperature == 0 for p in params)
+        columns = (inputs[name][:n] for name in ("temperatures", "seeds", "lengths"))
+        self.sampled[:n] = self.sampler(logits, SamplingTensors(*columns, all_greedy=is_greedy))
 
-    def sample_filtered(
-        self, hidden: torch.Tensor, inputs: Inputs, params: list[SamplingParams]
-    ) -> None:
+    def resample(self, hidden: torch.Tensor, inputs: Inputs, params: list[SamplingParams]) -> None:
         """Another token, into `sampled`, for each row whose params ask for top-k or top-p."""
         asking = [row for row, p in enumerate(params) if is_filtered(p)]
         for start in range(0, len(asking), ROWS):
             part = asking[start : start + ROWS]
-            rows = self.tensor(part)
+            rows, asked = self.tensor(part), [params[row] for row in part]
             sampling = SamplingTensors(
-                temperatures=inputs["temperatures"][rows],
-                seeds=inputs["seeds"][rows],
-                positions=inputs["lengths"][rows],
+                *(inputs[name][rows] for name in ("temperatures", "seeds", "lengths")),
                 all_greedy=False,
-                top_ks=self.tensor([params[row].top_k for row in part]),
-                top_ps=self.tensor([params[row].top_p for row in part], torch.float32),
+                top_ks=self.tensor([p.top_k for p in asked]),
+                top_ps=self.tensor([p.top_p for p in asked], torch.float32),
                 filtered=torch.arange(len(part), device=self.device),
             )
-            logits = self.model.compute_logits(hidden[rows])
-            self.sampled[rows] = sample_torch(logits, sampling)
+            self.sampled[rows] = sample_torch(self.model.compute_logits(hidden[rows]), sampling)
 
     def tensor(self, values, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Host values as a tensor on the device, without waiting for the copy."""

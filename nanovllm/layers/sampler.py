@@ -7,6 +7,7 @@ from torch import nn
 
 from nanovllm.kernels.jit import uses_triton
 from nanovllm.kernels.sample import sample
+from nanovllm.sampling_params import SamplingParams
 
 MASK32 = 0xFFFFFFFF
 
@@ -41,7 +42,6 @@ def exponential_noise(seeds: torch.Tensor, positions: torch.Tensor, size: int) -
     """
     a, b = (word.unsqueeze(1) for word in key_words(seeds, positions))
     column = (torch.arange(size, device=seeds.device) * 0x9E3779B9) & MASK32
-    # Each word is added to something scrambled: added to a count, it would only shift a sequence.
     x = ((column ^ (column >> 16)) + a) & MASK32
     bits = mix32(((x ^ (x >> 16)) * 0x85EBCA6B + b) & MASK32)
     uniform = (bits.float() + 0.5) * 2.0**-32
@@ -61,8 +61,13 @@ def keep_top_k_top_p(
     probs = logits.masked_fill(drop_k, -torch.inf).softmax(dim=-1)
     mass_before = probs.cumsum(dim=-1) - probs
     drop = drop_k | (mass_before >= top_ps.unsqueeze(1))
-    drop[:, 0] = False  # rounding must not drop the likeliest token
+    drop[:, 0] = False  # the likeliest token stays, also where top_p is so small that it is 0
     return torch.empty_like(logits).scatter_(1, order, logits.masked_fill(drop, -torch.inf))
+
+
+def is_filtered(params: SamplingParams) -> bool:
+    """Can top-k or top-p change what is drawn? The likeliest token passes every filter."""
+    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1)
 
 
 @dataclass(slots=True)
