@@ -2,8 +2,11 @@
 
 import itertools
 import random
+from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from os import PathLike, fspath
+from time import perf_counter
 from typing import TypedDict
 
 from nanovllm.config import Config, ModelConfig
@@ -12,12 +15,21 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.progress import Progress
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.turns import Turns
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import find_checkpoint
 from nanovllm.utils.tokenizer import load_tokenizer
 
 Prompt = str | list[int]
 Messages = list[dict[str, str]]
+
+
+class StreamPiece(TypedDict):
+    """What is new of a request; `stream` yields one after the other."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None  # None but in the last piece
 
 
 class RequestMetrics(TypedDict):
@@ -29,17 +41,15 @@ class RequestMetrics(TypedDict):
     num_preemptions: int
 
 
-class RequestOutput(TypedDict):
-    """What `generate` returns for one prompt; `stream` yields it in pieces."""
+class RequestOutput(StreamPiece):
+    """What `generate` returns for one prompt; also the last piece of a stream."""
 
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-    metrics: RequestMetrics  # in a stream: of the last piece
+    error: str | None  # what went wrong, where finish_reason is "error"
+    metrics: RequestMetrics
 
 
 class LLMEngine:
-    """Owns the requests, and grows them one step at a time."""
+    """Owns the requests, and grows them one step at a time. Threads may share it."""
 
     def __init__(self, model: str | PathLike | None = None, **options):
         """`model` and `options` are the fields of `Config`; a misfit raises ValueError."""
@@ -57,32 +67,48 @@ class LLMEngine:
         self.num_blocks = self.model_runner.num_blocks
         eos_token_ids = self.model_config.eos_token_ids
         self.scheduler = Scheduler(self.config, self.num_blocks, eos_token_ids)
+        self.turns = Turns(on_error=self.fail_all)
+        self.requests: dict[int, Sequence] = {}  # the unfinished ones, by their ids
 
     def step(self) -> list[Sequence]:
-        """Account for the oldest step in flight; returns the sequences that gained a token.
+        """Run the model once; returns the sequences that gained a token, or ended.
 
-        Before it waits for that step, it launches the next. Whatever is raised on the way, Ctrl-C
-        included, the engine holds no request afterwards.
+        Where another thread is in a step, it waits for that one's end and returns nothing: the
+        requests of all threads share the steps. Whatever is raised in a step, Ctrl-C included,
+        the engine holds no request afterwards.
         """
         self.check_alive()
+        with self.turns.turn() as is_mine:
+            seqs = self.run_step() if is_mine else []
+        self.forget_finished(seqs)
+        return seqs
+
+    def run_step(self) -> list[Sequence]:
+        """Account for the oldest step in flight; before it waits for that, it launches the next."""
+        self.check_alive()
         scheduler = self.scheduler
-        try:
-            while len(scheduler.in_flight) < self.config.max_in_flight:
-                seqs = scheduler.schedule()
-                if not seqs:
-                    break
-                scheduler.advance(seqs, self.model_runner.run(seqs))
-            if not scheduler.in_flight:
-                return []
+        while len(scheduler.in_flight) < self.config.max_in_flight:
+            seqs = scheduler.schedule()
+            if not seqs:
+                break
+            scheduler.advance(seqs, self.model_runner.run(seqs))
+        if scheduler.in_flight:
             oldest = scheduler.in_flight[0]
             return scheduler.postprocess(oldest.seqs, oldest.result.token_ids())
-        except BaseException:
-            self.reset()
-            raise
+        if not scheduler.is_finished():
+            raise RuntimeError("no request can run, and none is on its way")
+        return []
+
+    def forget_finished(self, seqs: list[Sequence]) -> None:
+        """What is done is no request of the engine's any more."""
+        for seq in seqs:
+            if seq.is_finished:
+                self.requests.pop(seq.seq_id, None)
 
     def is_finished(self) -> bool:
         """True when no request is left."""
-        return self.scheduler.is_finished()
+        self.turns.settle()
+        return not self.requests
 
     def make_sequence(self, prompt: Prompt, params: SamplingParams | None = None) -> Sequence:
         """A checked request that nothing has been done for yet; ValueError for a bad one."""
@@ -135,12 +161,35 @@ class LLMEngine:
         self.check_alive()
         if seq.seed is None:  # drawn now, so that a request that was refused draws nothing
             seq.seed = self.seeds.getrandbits(62)
-        self.scheduler.add(seq)
+        seq.arrival_time = perf_counter()
+        self.requests[seq.seq_id] = seq
+        self.turns.ask(partial(self.enqueue, seq))
         return seq
 
+    def enqueue(self, seq: Sequence) -> None:
+        """Let a sequence wait for its first step."""
+        self.scheduler.add(seq)
+
     def abort(self, seq_id: int) -> None:
-        """Forget an unfinished request; ValueError for an id that is not in the engine."""
-        self.scheduler.abort(seq_id)
+        """Forget an unfinished request; ValueError for an id that is not in the engine.
+
+        Where a step runs, it happens when that step has ended.
+        """
+        seq = self.requests.get(seq_id)
+        if seq is None:
+            raise ValueError(f"request {seq_id} is not in the engine")
+        self.drop([seq])
+
+    def drop(self, seqs: list[Sequence]) -> None:
+        """Nobody waits for these any more: forget those that are not finished."""
+        for seq in seqs:
+            if self.requests.pop(seq.seq_id, None) is not None:
+                self.turns.ask(partial(self.remove, seq))
+
+    def remove(self, seq: Sequence) -> None:
+        """Take a sequence out of the queues."""
+        if not seq.is_finished:
+            self.scheduler.abort(seq.seq_id)
 
     def check_alive(self) -> None:
         """Raise a RuntimeError after `exit`."""
@@ -148,12 +197,33 @@ class LLMEngine:
             raise RuntimeError("the engine has exited: make a new one")
 
     def reset(self) -> None:
-        """Forget every request, whatever state an exception left it in: all blocks are free."""
-        self.scheduler.reset()
+        """Forget every request; where a step runs, when it has ended."""
+        self.turns.ask(self.fail_all)
+
+    def fail_all(self, error: BaseException | None = None) -> None:
+        """Forget every request, whatever state `error` left it in; its caller will be told."""
+        self.drop_all(error)
+        self.forget_finished(list(self.requests.values()))
+
+    def drop_all(self, error: BaseException | None) -> None:
+        """Finish what is in the queues, and empty them: all blocks are free."""
+        self.scheduler.reset(error)
 
     def reset_prefix_cache(self) -> None:
         """Forget what is kept of earlier requests, for example after the weights have changed."""
-        self.scheduler.block_manager.reset_prefix_cache()
+        self.turns.ask(lambda: self.scheduler.block_manager.reset_prefix_cache())
+
+    def exit(self) -> None:
+        """Give the model and its memory back, as soon as no step runs; twice does no harm."""
+        self.turns.ask(self.close)
+        while self.model_runner is not None and not self.turns.is_inside():
+            with self.turns.turn():
+                pass  # another thread's step has ended, or there was none
+
+    def close(self) -> None:
+        """Let go of the requests and of the model."""
+        self.fail_all()
+        self.model_runner = None
 
     def generate(
         self,
@@ -165,7 +235,8 @@ class LLMEngine:
 
         `prompts` is text, a list of token ids, or a list of these; `sampling_params` is one for
         all or a list of the same length. All are checked before any work: a bad one raises
-        ValueError. After any exception, Ctrl-C included, the engine holds no request.
+        ValueError. Whatever is raised, Ctrl-C included, none of its requests stays in the engine.
+        A request that fails by itself gets the finish_reason "error", and the others go on.
         """
         prompts = as_prompt_list(prompts)
         params = sampling_params
@@ -177,55 +248,51 @@ class LLMEngine:
         try:
             for seq in seqs:
                 self.add(seq)
-            with Progress(len(seqs), enabled=use_tqdm) as progress:
+            with Progress(seqs, enabled=use_tqdm) as progress:
                 while not all(seq.is_finished for seq in seqs):
-                    progress.update(self.step())
+                    self.step()
+                    progress.update()
             return [self.output(seq) for seq in seqs]
-        except BaseException:
-            self.reset()
-            raise
+        finally:
+            self.drop(seqs)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
+    ) -> Iterator[StreamPiece]:
         """Complete one prompt and yield it in pieces, each holding what is new.
 
-        The pieces' texts and token ids, joined, are what `generate` returns; the last piece alone
-        has a finish_reason. A consumer that stops early aborts the request.
+        The pieces' texts and token ids, joined, are what `generate` returns; the last piece is a
+        `RequestOutput` and has a finish_reason. A consumer that stops early aborts the request.
         """
         return self.stream_sequence(self.make_sequence(prompt, sampling_params))
 
-    def stream_sequence(self, seq: Sequence) -> Iterator[RequestOutput]:
+    def stream_sequence(self, seq: Sequence) -> Iterator[StreamPiece]:
         """Yield a checked sequence's pieces as they come."""
+        seq.outbox = deque()
         if self.tokenizer is not None:
             seq.detokenizer = Detokenizer(self.tokenizer, seq.params.stop)
         self.add(seq)
-        num_tokens = num_chars = 0
         try:
             is_last = False
             while not is_last:
                 if not seq.is_finished:  # else another caller's steps have finished it
                     self.step()
-                is_last = seq.is_finished
-                if is_last:
-                    piece = self.output(seq)
-                    piece["text"] = piece["text"][num_chars:]
-                else:
-                    text = seq.detokenizer.take_ready() if seq.detokenizer else ""
-                    token_ids = seq.completion_token_ids
-                    piece = RequestOutput(text=text, token_ids=token_ids, finish_reason=None)
-                piece["token_ids"] = piece["token_ids"][num_tokens:]
-                if piece["token_ids"] or is_last:
+                is_last = seq.is_finished  # asked first: then nothing more comes behind the piece
+                piece = self.take_piece(seq, is_last)
+                if piece["token_ids"] or piece["text"] or is_last:
                     yield piece
-                num_chars += len(piece["text"])
-                num_tokens += len(piece["token_ids"])
-        except GeneratorExit:
-            if not seq.is_finished:
-                self.abort(seq.seq_id)
-            raise
-        except BaseException:
-            self.reset()
-            raise
+        finally:
+            self.drop([seq])
+
+    def take_piece(self, seq: Sequence, is_last: bool) -> StreamPiece:
+        """What has come since the last call."""
+        token_ids = [seq.outbox.popleft() for _ in range(len(seq.outbox))]
+        if is_last:
+            piece = self.output(seq)  # its text is what has not been taken
+            piece["token_ids"] = token_ids
+            return piece
+        text = seq.detokenizer.take_ready() if seq.detokenizer else ""
+        return StreamPiece(text=text, token_ids=token_ids, finish_reason=None)
 
     def chat(
         self,
@@ -252,24 +319,19 @@ class LLMEngine:
 
     def output(self, seq: Sequence) -> RequestOutput:
         """A finished sequence's result; its text ends before the stop string that ended it."""
-        token_ids = seq.completion_token_ids
-        if seq.detokenizer is not None and seq.detokenizer.has_stopped:
-            text = seq.detokenizer.text
-        elif self.tokenizer is not None:
-            text = self.tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=True)
-        else:
-            text = ""
+        text = self.text_of(seq)
         return RequestOutput(
             text=text,
-            token_ids=token_ids,
+            token_ids=seq.completion_token_ids,
             finish_reason=seq.finish_reason,
+            error=str(seq.error or "") or None,
             metrics=self.metrics(seq),
         )
 
     def metrics(self, seq: Sequence) -> RequestMetrics:
         """What became of a request."""
         first = last = None
-        if seq.first_token_time is not None:
+        if seq.num_completion_tokens > 0:
             first = seq.first_token_time - seq.arrival_time
         if seq.num_completion_tokens > 1:
             last = seq.last_token_time - seq.first_token_time
@@ -281,10 +343,23 @@ class LLMEngine:
             num_preemptions=seq.num_preemptions,
         )
 
-    def exit(self) -> None:
-        """Give the model and its memory back; a second call does nothing."""
-        self.reset()
-        self.model_runner = None
+    def text_of(self, seq: Sequence) -> str:
+        """A finished sequence's text, as far as it has not been taken.
+
+        RuntimeError for one that another caller's failed step has swept away.
+        """
+        if seq.error is not None and seq.finish_reason == "abort":
+            raise RuntimeError(f"the request was lost: {seq.error!r} in a step") from seq.error
+        if self.tokenizer is None:
+            return ""
+        try:
+            if seq.detokenizer is not None:
+                seq.detokenizer.flush()
+                return seq.detokenizer.take_ready()
+            return Detokenizer(self.tokenizer).decode_all(seq.completion_token_ids)
+        except Exception as error:
+            seq.finish("error", error)
+            return ""
 
 
 def check_messages(messages: Messages) -> None:

@@ -25,6 +25,7 @@ from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.turns import Turns
 
 OPERATIONS = int(os.environ.get("NANOVLLM_OPERATIONS", 0)) or 12_000  # at least
 EOS = 2
@@ -121,6 +122,7 @@ def make_engine(random: Random) -> LLM:
     num_blocks = max(random.choice((*range(1, 13), 100, 200)), -(-2 // size))
     llm.scheduler = Scheduler(llm.config, num_blocks, (EOS,))
     llm.model_runner = PlainModel(size, random.randrange(10**6))
+    llm.requests, llm.turns = {}, Turns(llm.fail_all)
     return llm
 
 
