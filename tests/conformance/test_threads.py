@@ -188,35 +188,38 @@ def test_a_stream_gets_its_pieces_while_another_thread_steps(llm):
 
 
 def test_an_exception_reaches_every_caller_whose_request_it_lost(llm, monkeypatch):
-    """One thread's step fails, and no other is handed a cut result as if it were whole."""
+    """One thread's step fails, and the other is not handed a cut result as if it were whole."""
+
+    class Broken(Exception):
+        pass
+
     expected = results(llm.generate(PROMPTS[0], greedy(8), use_tqdm=False))
-    waiting, errors = threading.Barrier(2), []
+    queues, run = getattr(llm, "scheduler", llm), llm.model_runner.run
+    together, errors = threading.Barrier(2), []
 
-    def fail():
-        waiting.wait(LIMIT_S)  # until the other thread has a request in the engine, too
-        raise KeyboardInterrupt
+    def fails_for_two(*args):
+        if len(queues.waiting) + len(queues.running) == 2:
+            raise Broken
+        return run(*args)
 
-    def other():
-        seq_id = llm.add_request(PROMPTS[2], greedy(50))
-        stream = llm.stream(PROMPTS[1], greedy(50))
-        threading.Timer(0.2, waiting.wait, [LIMIT_S]).start()
-        for caller in (lambda: list(stream), lambda: llm.abort(seq_id)):
-            try:
-                caller()
-            except (RuntimeError, ValueError) as error:
-                errors.append(error)
+    def call(prompt: str):
+        together.wait(LIMIT_S)
+        try:
+            llm.generate(prompt, greedy(200), use_tqdm=False)
+        except Exception as error:
+            errors.append(error)
 
     with monkeypatch.context() as patch:
-        inside_step(llm, patch, 2, fail)
-        thread = threading.Thread(target=other, daemon=True)
-        llm.add_request(PROMPTS[0], greedy(50))
-        llm.step()
-        thread.start()
-        with pytest.raises(KeyboardInterrupt):
-            for _ in range(1000):
-                llm.step()
-        thread.join(LIMIT_S)
-    assert not thread.is_alive()
+        patch.setattr(llm.model_runner, "run", fails_for_two)
+        threads = [threading.Thread(target=call, args=[p], daemon=True) for p in PROMPTS[:2]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LIMIT_S)
+            assert not thread.is_alive()
+    (broken,) = (error for error in errors if isinstance(error, Broken))
+    (lost,) = (error for error in errors if error is not broken)
+    assert type(lost) is RuntimeError and lost.__cause__ is broken
     assert llm.is_finished()
     assert results(llm.generate(PROMPTS[0], greedy(8), use_tqdm=False)) == expected
 
