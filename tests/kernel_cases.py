@@ -28,7 +28,7 @@ from nanovllm.kernels.decode_attention import paged_decode_attention  # noqa: E4
 from nanovllm.kernels.prefill_attention import paged_prefill_attention  # noqa: E402
 from nanovllm.kernels.sample import sample  # noqa: E402
 from nanovllm.layers.attention import paged_attention  # noqa: E402
-from nanovllm.layers.sampler import Sampler, SamplingTensors, exponential_noise  # noqa: E402
+from nanovllm.layers.sampler import SamplingTensors, exponential_noise, sample_torch  # noqa: E402
 from nanovllm.utils.context import Context  # noqa: E402
 
 DEV = torch.device("cuda" if ON_GPU else "cpu")
@@ -227,11 +227,11 @@ class PagedBatch:
         )
 
     def expected(self, num_decodes: int = 0) -> Tensor:
-        """The twin's answer: NaN in its caches would be lost to it, so they hold 0 instead."""
+        """The twin's answer, from the same caches, NaN and all."""
         context = self.context(num_decodes)
         context.block_tables = context.block_tables.cpu()
         q, k_cache, v_cache = exact(self.q, self.k_cache, self.v_cache)
-        return paged_attention(q, k_cache.nan_to_num(0), v_cache.nan_to_num(0), context, self.scale)
+        return paged_attention(q, k_cache, v_cache, context, self.scale)
 
 
 def decode(batch: PagedBatch, num_splits: int | None = None, order: Tensor | None = None) -> Tensor:
@@ -256,11 +256,10 @@ def draw(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor)
     """The kernel's tokens, which are the twin's save where its two best scores all but tie."""
     with kernels():
         found = sample(guarded(logits), *(x.to(DEV) for x in (temperatures, seeds, positions)))
-    found, n = found.cpu(), len(logits)
-    nothing = dict(top_ks=torch.zeros(n, dtype=torch.int64), top_ps=torch.ones(n))
-    flags = dict(all_greedy=False, any_filtered=False)
-    tensors = dict(temperatures=temperatures, seeds=seeds, positions=positions)
-    expected = Sampler()(logits, SamplingTensors(**tensors, **nothing, **flags))
+    found = found.cpu()
+    expected = sample_torch(
+        logits, SamplingTensors(temperatures, seeds, positions, all_greedy=False)
+    )
     assert ((found >= 0) & (found < logits.shape[1])).all(), found
     scores = logits.float() - logits.amax(dim=-1, keepdim=True)
     scores = scores / temperatures.clamp(min=2.0**-126).unsqueeze(1)

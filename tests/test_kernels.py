@@ -39,12 +39,13 @@ from nanovllm.kernels.add_rms_norm import add_rms_norm, add_rms_norm_torch
 from nanovllm.kernels.decode_attention import paged_decode_attention
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
+from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.kernels.sample import sample
 from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_torch
 from nanovllm.kernels.small_linear import MAX_TOKENS, small_linear, small_linear_torch
 from nanovllm.kernels.store_kvcache import store_kvcache
 from nanovllm.layers.attention import paged_attention
-from nanovllm.layers.sampler import exponential_noise
+from nanovllm.layers.sampler import SamplingTensors, exponential_noise, sample_torch
 
 # Of the interpreter, which lets numpy say what a GPU keeps to itself.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -407,11 +408,90 @@ def test_sample_from_extreme_logits(floor, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_sample_stays_within_the_vocabulary(temperature):
+def test_a_row_with_a_nan_has_no_token_and_the_others_have_theirs(temperature):
+    """Wherever the NaN is: in the first part, at an edge, in the last one, everywhere."""
+    temperatures, positions = torch.full((8,), temperature), torch.arange(8)
+    logits, seeds = torch.randn(8, 5000), wide_integers(8)
+    whole = draw(logits, temperatures, seeds, positions)
+    broken = logits.clone()
+    broken[1, 0] = broken[2, 2047] = broken[3, 2048] = broken[5, 4999] = broken[6] = torch.nan
+    with kernels():
+        found = sample(guarded(broken), *(x.to(DEV) for x in (temperatures, seeds, positions)))
+    rows = [1, 2, 3, 5, 6]
+    assert found.tolist() == [-1 if i in rows else token for i, token in enumerate(whole.tolist())]
+    sampling = SamplingTensors(temperatures, seeds, positions, all_greedy=False)
+    assert sample_torch(broken, sampling)[rows].eq(-1).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_infinite_logits_stay_within_the_vocabulary(temperature):
     """Whatever the logits: broken weights shall not send the next step out of the embedding."""
     logits = torch.randn(4, 5000)
-    logits[0], logits[1, 3000], logits[2] = torch.nan, torch.nan, -torch.inf
+    logits[0], logits[1], logits[2, 3000] = -torch.inf, torch.inf, torch.inf
     inputs = guarded(logits), torch.full((4,), temperature), wide_integers(4), torch.arange(4)
     with kernels():
         found = sample(*(x.to(DEV) for x in inputs))
     assert ((0 <= found) & (found < 5000)).all()
+
+
+@pytest.mark.parametrize("size", [1, 5, 256, 300])
+def test_placeholders_become_tokens_of_the_vocabulary(size):
+    """-1 - i is what row i has sampled, and 0 where that is -1, which no embedding has."""
+    sampled = torch.randint(0, 1000, (512,))
+    sampled[::3] = -1
+    row, known = torch.randint(0, 512, (size,)), torch.randint(0, 1000, (size,))
+    is_known = torch.rand(size) < 0.3
+    is_known[:1] = False
+    row[:1] = 3 * (row[:1] // 3)
+    ids = torch.where(is_known, known, -1 - row)
+    expected = torch.where(is_known, known, sampled[row].clamp(min=0))
+    with kernels():
+        found = resolve_tokens(guarded(ids), guarded(sampled))
+    assert torch.equal(found.cpu(), expected)
+    assert torch.equal(resolve_tokens(ids, sampled), expected)
+
+
+# One request's NaN
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("attend", [decode, prefill])
+def test_a_nan_in_one_requests_blocks_stays_in_its_rows(attend, num_splits):
+    """The others are bit for bit what they were; block 0, with which tables are padded, is its."""
+    spans = [(1, 70), (1, 20), (1, 150)] if attend is decode else [(9, 70), (20, 20), (70, 150)]
+    options = (num_splits,) if attend is decode else ()
+    batch = PagedBatch(spans, 16, 4, 2, 64, torch.float32)
+    clean = attend(batch, *options)
+    for cache in (batch.k_cache, batch.v_cache):
+        cache[batch.tables[0, :5].long()] = torch.nan
+    own = slice(0, batch.starts[1])
+    batch.q[own] = torch.nan
+    found = attend(batch, *options)
+    assert found[own].isnan().all()
+    assert torch.equal(found[own.stop :], clean[own.stop :])
+    twin = batch.expected(len(spans) if attend is decode else 0)
+    check(found[own.stop :], twin[own.stop :], factor=2)
+
+
+@pytest.mark.parametrize("name", ["add_rms_norm", "silu_and_mul", "small_linear", "norm_rope"])
+def test_a_nan_in_one_tokens_row_stays_there(name):
+    x = randn(3, 6 * 64)
+    weight, cos_sin, slots = randn(64), randn(3, 2, 1, 32), torch.arange(3, device=DEV)
+    caches = [torch.zeros(1, 4, 1, 64, device=DEV) for _ in "kv"]
+    ways = {
+        "add_rms_norm": lambda x: add_rms_norm(x, x, randn(6 * 64).fill_(1), 0.1)[0],
+        "silu_and_mul": silu_and_mul,
+        "small_linear": lambda x: small_linear(x, weight.expand(6, 64).reshape(1, -1)),
+        "norm_rope": lambda x: norm_rope_store(
+            x, weight, weight, 0.1, slots, cos_sin, *caches, slots
+        ),
+    }
+    with kernels():
+        clean = ways[name](x)
+        stored = [cache.clone() for cache in caches]
+        x[1] = torch.nan
+        found = ways[name](x)
+    others = [0, 2]
+    assert torch.equal(found[others], clean[others]) and found[1].isnan().all()
+    for cache, before in zip(caches, stored):
+        assert torch.equal(cache[0, [0, 2, 3]], before[0, [0, 2, 3]])

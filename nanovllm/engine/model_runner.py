@@ -15,7 +15,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import InputLayout, Inputs, Shape
 from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.layers.attention import Attention, choose_backend
-from nanovllm.layers.sampler import Sampler, SamplingTensors
+from nanovllm.layers.sampler import ROWS, Sampler, SamplingTensors, sample_torch
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.context import Context, set_context
@@ -35,6 +35,11 @@ def default_dtype(dtype: torch.dtype):
         yield
     finally:
         torch.set_default_dtype(previous)
+
+
+def is_filtered(params: SamplingParams) -> bool:
+    """Can top-k or top-p change what is drawn? The likeliest token passes every filter."""
+    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -69,11 +74,6 @@ class Graph:
     graph: torch.cuda.CUDAGraph
     inputs: Inputs
     hidden: torch.Tensor  # [num_seqs, hidden_size]: what a replay makes its logits of
-
-
-def is_filtered(params: list[SamplingParams]) -> bool:
-    """Does any of them ask for top-k or top-p?"""
-    return any(p.top_k > 0 or p.top_p < 1 for p in params)
 
 
 HOTTEST = np.finfo(np.float32).max  # a higher temperature would be infinite on the device
@@ -129,8 +129,9 @@ class ModelRunner:
                 lens = [seq.num_computed_tokens + n for seq, n in zip(seqs, counts, strict=True)]
                 hidden = self.forward(inputs, self.context(inputs, counts, lens, counts.count(1)))
             params = [seq.params for seq in seqs]
-            if shape not in self.graphs or is_filtered(params):  # no recorded step has a filter
+            if shape not in self.graphs:
                 self.sample(hidden[: len(seqs)], inputs, params)
+            self.sample_filtered(hidden, inputs, params)
             return self.read_sampled(len(seqs))
 
     def read_sampled(self, num_seqs: int) -> Result:
@@ -153,19 +154,38 @@ class ModelRunner:
         return hidden
 
     def sample(self, hidden: torch.Tensor, inputs: Inputs, params: list[SamplingParams]) -> None:
-        """One token for each row of hidden, into `sampled`; without params there is no filter."""
-        logits = self.model.compute_logits(hidden)
-        n, any_filtered = len(logits), is_filtered(params)
+        """One token for each row of hidden, into `sampled`; nobody's is filtered.
+
+        `params` may be empty: they only tell whether all rows are greedy.
+        """
+        logits, n = self.model.compute_logits(hidden), len(hidden)
         sampling = SamplingTensors(
             temperatures=inputs["temperatures"][:n],
-            top_ks=self.tensor([p.top_k for p in params]) if any_filtered else None,
-            top_ps=self.tensor([p.top_p for p in params], torch.float32) if any_filtered else None,
             seeds=inputs["seeds"][:n],
             positions=inputs["lengths"][:n],
             all_greedy=len(params) > 0 and all(p.temperature == 0 for p in params),
-            any_filtered=any_filtered,
         )
         self.sampled[:n] = self.sampler(logits, sampling)
+
+    def sample_filtered(
+        self, hidden: torch.Tensor, inputs: Inputs, params: list[SamplingParams]
+    ) -> None:
+        """Another token, into `sampled`, for each row whose params ask for top-k or top-p."""
+        asking = [row for row, p in enumerate(params) if is_filtered(p)]
+        for start in range(0, len(asking), ROWS):
+            part = asking[start : start + ROWS]
+            rows = self.tensor(part)
+            sampling = SamplingTensors(
+                temperatures=inputs["temperatures"][rows],
+                seeds=inputs["seeds"][rows],
+                positions=inputs["lengths"][rows],
+                all_greedy=False,
+                top_ks=self.tensor([params[row].top_k for row in part]),
+                top_ps=self.tensor([params[row].top_p for row in part], torch.float32),
+                filtered=torch.arange(len(part), device=self.device),
+            )
+            logits = self.model.compute_logits(hidden[rows])
+            self.sampled[rows] = sample_torch(logits, sampling)
 
     def tensor(self, values, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Host values as a tensor on the device, without waiting for the copy."""

@@ -11,9 +11,11 @@ def resolve_tokens(input_ids: torch.Tensor, sampled: torch.Tensor) -> torch.Tens
     """Replace each placeholder -1 - i by what row i of the step before has sampled.
 
     input_ids: [num_tokens] int64 -> the same shape; sampled: [most sequences in a step] int64.
+    A sampled -1 (its logits held a NaN) becomes 0: the row is nobody's, but the embedding reads it.
     """
     if not uses_triton(input_ids):
-        return torch.where(input_ids < 0, sampled[(-1 - input_ids).clamp(min=0)], input_ids)
+        known = sampled[(-1 - input_ids).clamp(min=0)].clamp(min=0)
+        return torch.where(input_ids < 0, known, input_ids)
     out, pdl = torch.empty_like(input_ids), overlaps(input_ids)
     resolve_tokens_kernel[triton.cdiv(len(input_ids), BLOCK),](
         out, input_ids, sampled, len(input_ids), BLOCK=BLOCK, PDL=pdl, launch_pdl=pdl, num_warps=1
@@ -31,4 +33,4 @@ def resolve_tokens_kernel(
     wait_for_inputs(PDL)
     token = tl.load(input_ids + at, mask=there, other=0)
     known = tl.load(sampled - 1 - token, mask=there & (token < 0), other=0)
-    tl.store(out + at, tl.where(token < 0, known, token), mask=there)
+    tl.store(out + at, tl.where(token < 0, tl.maximum(known, 0), token), mask=there)

@@ -12,11 +12,11 @@ TINY = tl.constexpr(2.0**-126)  # no temperature below it: its inverse would ove
 def sample(
     logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """One token a sequence, as `Sampler` chooses it where neither top-k nor top-p is set.
+    """One token a sequence, as `sample_torch` chooses it without a filter.
 
     logits: [num_seqs, vocab_size], contiguous; temperatures: [num_seqs] float32; seeds, positions:
-    [num_seqs] int64 -> token_ids: [num_seqs] int64. The vocabulary is cut into parts; each yields
-    its best token, and a second kernel takes the best of these.
+    [num_seqs] int64 -> token_ids: [num_seqs] int64, -1 for a row that holds a NaN. The vocabulary
+    is cut into parts; each yields its best token, and a second kernel takes the best of these.
     """
     num_seqs, vocab_size = logits.shape
     parts, pdl = triton.cdiv(vocab_size, BLOCK), overlaps(logits)
@@ -37,10 +37,19 @@ def sample(
 @triton.jit
 def mix32(x):
     """Scramble 32-bit integers: lowbias32, as in the sampler."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = x.to(tl.uint32)  # from 64 bits: the low ones
+    x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
     x = (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
     return x ^ (x >> 16)
+
+
+@triton.jit
+def key_words(seed, position):
+    """The two words of a row, as in the sampler."""
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    place = position.to(tl.uint32)
+    a = mix32(low + mix32(place))
+    b = mix32(high + a + place)
+    return mix32(a + b), b
 
 
 @triton.jit
@@ -58,10 +67,10 @@ def sample_part_kernel(
     best = tl.max(x, axis=0)
     score = x - tl.where(best > -float("inf"), best, 0.0)  # a part may be all -inf
     if temperature > 0:
-        seed, position = tl.load(seeds + seq), tl.load(positions + seq)
-        low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-        key = mix32(mix32(mix32(low).to(tl.int64) + high).to(tl.int64) + position)
-        bits = mix32(key + column.to(tl.uint32) * tl.full([], 0x9E3779B9, tl.uint32))
+        a, b = key_words(tl.load(seeds + seq), tl.load(positions + seq))
+        word = column.to(tl.uint32) * tl.full([], 0x9E3779B9, tl.uint32)
+        word = (word ^ (word >> 16)) + a
+        bits = mix32((word ^ (word >> 16)) * tl.full([], 0x85EBCA6B, tl.uint32) + b)
         uniform = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2**-32
         uniform = tl.minimum(uniform, 0.99999994)
         # -log(1 - u), by its series where 1 - u would lose what u has
@@ -73,8 +82,8 @@ def sample_part_kernel(
     tl.store(highest + at, best)
     top = tl.max(score, axis=0)
     tl.store(scores + at, top)
-    # Where all is NaN, whatever token, but one that there is.
-    tl.store(tokens + at, tl.min(tl.where(score == top, column, vocab_size - 1), axis=0))
+    token = tl.where(score == top, column, vocab_size - 1)  # one that there is, whatever happens
+    tl.store(tokens + at, tl.min(tl.where(x == x, token, -1), axis=0))  # NaN equals nothing
 
 
 @triton.jit
@@ -94,4 +103,6 @@ def sample_best_kernel(
     else:
         score = behind
     winner = tl.minimum(tl.argmax(score, axis=0), parts - 1)
-    tl.store(token_ids + seq, tl.load(tokens + seq * parts + winner).to(tl.int64))
+    token = tl.load(tokens + seq * parts + winner)
+    has_nan = tl.min(tl.load(tokens + at, mask=there, other=0), axis=0) < 0
+    tl.store(token_ids + seq, tl.where(has_nan, -1, token).to(tl.int64))

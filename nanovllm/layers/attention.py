@@ -90,6 +90,9 @@ def decode_attention(
     """
     n, (num_heads, head_dim) = context.num_decodes, q.shape[1:]
     k, v = gather_kv(k_cache, v_cache, context.slots(0, n, k_cache.shape[1]))
+    if context.mask is not None:  # what is hidden may be another request's, and 0 * NaN is NaN
+        hidden = ~context.mask[:, 0, 0, :, None, None]  # [n, longest, 1, 1]
+        k, v = k.masked_fill_(hidden, 0), v.masked_fill_(hidden, 0)
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # [n, num_kv_heads, longest, head_dim]
     q = q[:n].view(n, k.shape[1], -1, head_dim)  # [n, num_kv_heads, group, head_dim]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=scale)

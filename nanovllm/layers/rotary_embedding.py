@@ -57,8 +57,8 @@ def yarn_frequencies(
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2) - low) / max(high - low, 0.001)
-    stretch = ramp.clamp(0, 1)
+    pair = torch.arange(head_dim // 2, dtype=torch.float32)  # else it would take the default type
+    stretch = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
 
     def temperature(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,6 +1,6 @@
 """From logits to token ids."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -21,15 +21,29 @@ def mix32(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
+def key_words(seeds: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two 32-bit words for each (seed, position), both [num_seqs] int64.
+
+    Each line can be undone, as in a Feistel network: at one position no two of the 2**64 seeds
+    share their words. Nor do two positions below 2**32, under seeds with the same high half.
+    """
+    low, high = seeds & MASK32, seeds >> 32 & MASK32
+    a = mix32((low + mix32(positions & MASK32)) & MASK32)
+    b = mix32((high + a + positions) & MASK32)
+    return mix32((a + b) & MASK32), b
+
+
 def exponential_noise(seeds: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
     """Exponential random numbers that depend on (seed, position, column) and nothing else.
 
     seeds, positions: [num_seqs] int64 -> [num_seqs, size] float32, each > 0. A counter-based
     generator (Salmon et al. 2011) has no state: neither the batch nor the order can change it.
     """
-    key = mix32(mix32(mix32(seeds & MASK32) + (seeds >> 32 & MASK32)) + positions)
-    column = torch.arange(size, device=seeds.device)
-    bits = mix32((key.unsqueeze(1) + column * 0x9E3779B9) & MASK32)
+    a, b = (word.unsqueeze(1) for word in key_words(seeds, positions))
+    column = (torch.arange(size, device=seeds.device) * 0x9E3779B9) & MASK32
+    # Each word is added to something scrambled: added to a count, it would only shift a sequence.
+    x = ((column ^ (column >> 16)) + a) & MASK32
+    bits = mix32(((x ^ (x >> 16)) * 0x85EBCA6B + b) & MASK32)
     uniform = (bits.float() + 0.5) * 2.0**-32
     return -torch.log1p(-uniform.clamp(max=1 - 2.0**-24))  # float32 may have rounded it up to 1
 
@@ -53,43 +67,63 @@ def keep_top_k_top_p(
 
 @dataclass(slots=True)
 class SamplingTensors:
-    """A batch's sampling parameters; each tensor is [num_seqs]."""
+    """A batch's sampling parameters; each tensor but the last is [num_seqs]."""
 
     temperatures: torch.Tensor
-    top_ks: torch.Tensor
-    top_ps: torch.Tensor
     seeds: torch.Tensor
     positions: torch.Tensor  # index that the sampled token will have in its sequence
     all_greedy: bool
-    any_filtered: bool  # some sequence has top-k or top-p
+    top_ks: torch.Tensor | None = None
+    top_ps: torch.Tensor | None = None
+    filtered: torch.Tensor | None = None  # int64: the rows that ask for top-k or top-p, if any
 
-    def rows(self, rows: slice) -> "SamplingTensors":
-        """The parameters of a part of the batch."""
-        values = [getattr(self, field.name) for field in fields(self)]
-        return SamplingTensors(*(v[rows] if isinstance(v, torch.Tensor) else v for v in values))
+    def rows(
+        self, rows: slice | torch.Tensor, filtered: torch.Tensor | None = None
+    ) -> "SamplingTensors":
+        """The parameters of some rows, of which those at `filtered` ask for a filter."""
+        names = ("temperatures", "seeds", "positions", "top_ks", "top_ps")
+        parts = {name: x[rows] for name in names if (x := getattr(self, name)) is not None}
+        return replace(self, **parts, filtered=filtered)
+
+
+def sample_torch(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
+    """One token a row: greedily, or by the Gumbel-max trick (Maddison et al. 2014).
+
+    logits: [num_seqs, vocab_size] -> token_ids: [num_seqs] int64, -1 for a row that holds a NaN.
+    """
+    best, greedy = logits.max(dim=-1)  # a NaN counts as the largest
+    greedy = greedy.masked_fill(best.isnan(), -1)
+    if sampling.all_greedy:
+        return greedy
+    is_greedy = (sampling.temperatures == 0) | (greedy < 0)
+    # The best score is 0 and the others are below: no temperature, however low, overflows.
+    scores = logits.float() - best.unsqueeze(1)
+    scores = scores / sampling.temperatures.clamp(min=2.0**-126).unsqueeze(1)
+    if (rows := sampling.filtered) is not None:
+        top_ks, top_ps = sampling.top_ks[rows], sampling.top_ps[rows]
+        scores[rows] = keep_top_k_top_p(scores[rows], top_ks, top_ps)
+    noise = exponential_noise(sampling.seeds, sampling.positions, logits.shape[-1])
+    return torch.where(is_greedy, greedy, (scores - noise.log()).argmax(dim=-1))
 
 
 ROWS = 64  # at a time, for a sort takes more than ten bytes of memory for each byte of logits
 
 
 class Sampler(nn.Module):
-    """Chooses one token a sequence: greedily, or by the Gumbel-max trick (Maddison et al. 2014)."""
+    """Chooses one token a sequence."""
 
     def forward(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
-        """logits: [num_seqs, vocab_size] -> token_ids: [num_seqs] int64"""
-        if uses_triton(logits) and not sampling.any_filtered:
-            return sample(logits, sampling.temperatures, sampling.seeds, sampling.positions)
-        if len(logits) > ROWS:
+        """Everybody is sampled without a filter, and the rows that ask for one once more.
+
+        logits: [num_seqs, vocab_size] -> token_ids: [num_seqs] int64, -1 where there is a NaN
+        """
+        if uses_triton(logits):
+            token_ids = sample(logits, sampling.temperatures, sampling.seeds, sampling.positions)
+        else:
             parts = [slice(start, start + ROWS) for start in range(0, len(logits), ROWS)]
-            return torch.cat([self(logits[rows], sampling.rows(rows)) for rows in parts])
-        greedy = logits.argmax(dim=-1)
-        if sampling.all_greedy:
-            return greedy
-        is_greedy = sampling.temperatures == 0
-        # The best score is 0 and the others are below: no temperature, however low, overflows.
-        scores = logits.float() - logits.amax(dim=-1, keepdim=True)
-        scores = scores / sampling.temperatures.clamp(min=2.0**-126).unsqueeze(1)
-        if sampling.any_filtered:
-            scores = keep_top_k_top_p(scores, sampling.top_ks, sampling.top_ps)
-        noise = exponential_noise(sampling.seeds, sampling.positions, logits.shape[-1])
-        return torch.where(is_greedy, greedy, (scores - noise.log()).argmax(dim=-1))
+            token_ids = torch.cat([sample_torch(logits[p], sampling.rows(p)) for p in parts])
+        if sampling.filtered is not None:
+            for rows in sampling.filtered.split(ROWS):
+                part = sampling.rows(rows, torch.arange(len(rows), device=rows.device))
+                token_ids[rows] = sample_torch(logits[rows], part)
+        return token_ids
