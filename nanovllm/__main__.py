@@ -12,6 +12,7 @@ from typing import get_args
 
 from nanovllm.config import Config
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.errors import one_line
 from nanovllm.utils.options import types_of
 
 
@@ -110,6 +111,9 @@ def chat(args: argparse.Namespace) -> None:
 
     params = SamplingParams(**take(args, SamplingParams) | {"seed": None})
     llm = LLM(**take(args, Config))
+    llm.check_chat_template()
+    if hasattr(sys.stdin, "reconfigure"):  # a line of bytes that are no text is refused, alone
+        sys.stdin.reconfigure(errors="surrogateescape")
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -121,15 +125,15 @@ def chat(args: argparse.Namespace) -> None:
             return
         messages.append({"role": "user", "content": line})
         # The oldest exchange goes first once the conversation outgrows the model.
-        room = llm.max_model_len - params.max_tokens
-        while len(llm.apply_chat_template(messages)) > room and len(messages) > 2:
-            del messages[:2]
+        room = llm.longest_sequence() - (params.max_tokens or 1)
         try:
+            while len(llm.apply_chat_template(messages)) > room and len(messages) > 2:
+                del messages[:2]
             pieces = llm.stream(llm.apply_chat_template(messages), params)
             messages.append({"role": "assistant", "content": print_stream(pieces)})
         except ValueError as error:
             messages.pop()
-            print(f"nanovllm: error: {error}", file=sys.stderr)
+            print(f"nanovllm: error: {one_line(error)}", file=sys.stderr)
         except KeyboardInterrupt:
             messages.pop()
             print("\n[stopped]", file=sys.stderr)
@@ -176,7 +180,7 @@ def main() -> int:
         print(end="", flush=True)  # what does not fit on a disk shows here at the latest
         return 0
     except (ValueError, RuntimeError, MemoryError) as error:
-        print(f"nanovllm: error: {error}", file=sys.stderr)
+        print(f"nanovllm: error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -185,7 +189,7 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 0
-        print(f"nanovllm: error: {error}", file=sys.stderr)
+        print(f"nanovllm: error: {one_line(error)}", file=sys.stderr)
         return 1
 
 
