@@ -165,8 +165,10 @@ def run_stage(stage: int) -> int:
     del arguments[at : at + (1 if "=" in arguments[at] else 2)]
     with tempfile.TemporaryDirectory() as folder:
         write = [sys.executable, tool, "--upto", str(stage), "--out", folder]
-        if subprocess.run(write).returncode:
-            return 2
+        written = subprocess.run(write, capture_output=True, text=True)
+        if written.returncode:
+            reason = written.stderr.strip().splitlines()[-1]
+            raise ValueError(f"--stage {stage} can't be written: {reason}")
         environment = {**os.environ, "PYTHONPATH": folder}
         command = [sys.executable, "-m", "nanovllm", *arguments]
         return subprocess.run(command, env=environment, cwd=folder).returncode

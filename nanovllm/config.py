@@ -26,7 +26,12 @@ class Config:
     load_format: str = option(
         "auto", "dummy: random weights, from config.json alone", choices=("auto", "dummy")
     )
-    seed: int | None = option(None, "seed for requests that bring none", minimum=0)
+    seed: int | None = option(
+        None,
+        "seed for requests that bring none: same seed, same tokens in float32 on a CPU; on a GPU "
+        "in half precision rounding may depend on the batch",
+        minimum=0,
+    )
     tensor_parallel_size: int = option(1, "GPUs that share the model: 1", minimum=1, maximum=1)
     max_num_seqs: int = option(512, "most sequences that run at once", minimum=1)
     max_num_batched_tokens: int = option(16384, "most tokens in a step", minimum=1)
