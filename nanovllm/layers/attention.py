@@ -30,6 +30,17 @@ def causal_attention(
     return out.squeeze(0).transpose(0, 1)
 
 
+def lower_right(num_new: int, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """The mask in which the last of `num_new` queries sees the last of `num_tokens` keys."""
+    if device.type == "cpu":
+        return torch.ones(num_new, num_tokens, dtype=torch.bool).tril(num_tokens - num_new)
+    # A GPU's kernels need no matrix for it. Imported late: it brings torch's compiler along,
+    # which takes a second to load and wants a writable temporary folder.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(num_new, num_tokens)
+
+
 def paged_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -60,17 +71,6 @@ class Attention(nn.Module):
         return paged_attention(
             q, self.k_cache, self.v_cache, get_context(), self.scale, self.backend
         )
-
-
-def lower_right(num_new: int, num_tokens: int, device: torch.device) -> torch.Tensor:
-    """The mask in which the last of `num_new` queries sees the last of `num_tokens` keys."""
-    if device.type == "cpu":
-        return torch.ones(num_new, num_tokens, dtype=torch.bool).tril(num_tokens - num_new)
-    # A GPU's kernels need no matrix for it. Imported late: it brings torch's compiler along,
-    # which takes a second to load and wants a writable temporary folder.
-    from torch.nn.attention.bias import causal_lower_right
-
-    return causal_lower_right(num_new, num_tokens)
 
 
 def prefill_attention(

@@ -27,7 +27,7 @@ def load_model(model: nn.Module, folder: Path) -> None:
     for name, tensor in checkpoint_tensors(folder):
         if name not in parameters:
             if name == "lm_head.weight":
-                stored_head = tensor
+                stored_head = tensor  # the embedding may be yet to come
             else:
                 unused.append(name)
             continue
@@ -43,18 +43,8 @@ def load_model(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {min(missing)}")
     if unused:
         warnings.warn(f"{folder}: nothing uses {', '.join(sorted(unused)[:8])}", stacklevel=2)
-    # A tied head is the embedding itself; some checkpoints store a copy of it all the same.
-    if stored_head is not None and not holds(model.get_parameter("lm_head.weight"), stored_head):
-        warnings.warn(
-            f"{folder}: lm_head.weight is not used, and it differs from the embedding that "
-            "config.json ties the head to (tie_word_embeddings)",
-            stacklevel=2,
-        )
-
-
-def holds(parameter: torch.Tensor, stored: torch.Tensor) -> bool:
-    """Is a parameter what a stored tensor is in the parameter's data type?"""
-    return torch.equal(parameter.cpu(), stored.to(parameter.dtype))
+    if stored_head is not None:
+        check_tied_head(model.get_parameter("lm_head.weight"), stored_head, folder)
 
 
 def targets(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -71,7 +61,17 @@ def targets(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-INDEX = "model.safetensors.index.json"
+def check_tied_head(head: torch.Tensor, stored: torch.Tensor, folder: Path) -> None:
+    """Warn of a stored head that is not the embedding, which serves as the head when tied.
+
+    Some checkpoints store a copy; where it is another matrix, one of two files is wrong.
+    """
+    if not torch.equal(head.cpu(), stored.to(head.dtype)):
+        warnings.warn(
+            f"{folder}: lm_head.weight is not used, and it differs from the embedding that "
+            "config.json ties the head to (tie_word_embeddings)",
+            stacklevel=2,
+        )
 
 
 def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -86,8 +86,11 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor
 
 
+INDEX = "model.safetensors.index.json"
+
+
 def files_of_tensors(folder: Path) -> dict[str, str]:
-    """Tensor name -> name of its file. ValueError where that is open, or there is no file.
+    """Tensor name -> name of its file. ValueError where two files are as good, or there is none.
 
     In the order of transformers: model.safetensors alone; else the files that an index names,
     each for the tensors that the index assigns to it; else all files of the folder together.
