@@ -68,8 +68,8 @@ def check_tied_head(head: torch.Tensor, stored: torch.Tensor, folder: Path) -> N
     """
     if not torch.equal(head.cpu(), stored.to(head.dtype)):
         warnings.warn(
-            f"{folder}: lm_head.weight is not used, and it differs from the embedding that "
-            "config.json ties the head to (tie_word_embeddings)",
+            f"{folder}: lm_head.weight differs from the embedding, which config.json ties the head "
+            "to: it is not used (tie_word_embeddings=false in config.json would use it)",
             stacklevel=2,
         )
 
