@@ -15,6 +15,7 @@ PACKAGE = Path(nanovllm.__path__[0]).parent
 def python(code: str) -> str:
     """What a fresh interpreter prints."""
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch leaves it in this process
     command = [sys.executable, "-c", code]
     ran = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=PACKAGE, timeout=100
