@@ -1,13 +1,17 @@
 """The engine: requests in, a token a step, results out."""
 
 import itertools
+import numbers
 import random
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from os import PathLike, fspath
 from time import perf_counter
-from typing import TypedDict
+from typing import Any, TypedDict
+
+import numpy as np
 
 from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.detokenizer import Detokenizer
@@ -17,11 +21,13 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.turns import Turns
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.errors import as_value_error
 from nanovllm.utils.loader import find_checkpoint
+from nanovllm.utils.options import as_python
 from nanovllm.utils.tokenizer import load_tokenizer
 
 Prompt = str | list[int]
-Messages = list[dict[str, str]]
+Messages = list[dict[str, object]]  # role and content, and what else the chat template knows
 
 
 class StreamPiece(TypedDict):
@@ -56,12 +62,13 @@ class LLMEngine:
         model = fspath(model) if isinstance(model, PathLike) else model
         self.config = Config.from_options(model=model, **options)
         folder = find_checkpoint(self.config.model)
-        self.model_config = ModelConfig.from_folder(folder)
-        self.max_model_len = min(
-            self.config.max_model_len, self.model_config.max_position_embeddings
-        )
-        self.model_runner = ModelRunner(self.config, self.model_config, folder, self.max_model_len)
+        model_config = ModelConfig.from_folder(folder)
         self.tokenizer = load_tokenizer(folder)
+        # An end-of-sequence token may stand in three places; the third is the tokenizer.
+        self.model_config = model_config.with_eos(getattr(self.tokenizer, "eos_token_id", None))
+        is_asked = "max_model_len" in options
+        self.max_model_len = self.model_config.fit(self.config.max_model_len, is_asked)
+        self.model_runner = ModelRunner(self.config, self.model_config, folder, self.max_model_len)
         self.seeds = random.Random(self.config.seed)
         self.seq_ids = itertools.count()
         self.num_blocks = self.model_runner.num_blocks
@@ -124,6 +131,8 @@ class LLMEngine:
         if not token_ids:
             raise ValueError("the prompt is empty: give at least one token")
         self.check_length(len(token_ids), params.max_tokens)
+        if params.max_tokens is None:
+            params = replace(params, max_tokens=self.longest_sequence() - len(token_ids))
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and the checkpoint has none")
         seq = Sequence(next(self.seq_ids), token_ids, params, params.seed)
@@ -131,9 +140,9 @@ class LLMEngine:
             seq.detokenizer = Detokenizer(self.tokenizer, params.stop)
         return seq
 
-    def check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        """ValueError for a request that can't be brought to its end."""
-        num_tokens = num_prompt_tokens + max_tokens
+    def check_length(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
+        """ValueError for a request that can't be brought to its end, or can't begin."""
+        num_tokens = num_prompt_tokens + (max_tokens or 1)
         asked = f"a prompt of {num_prompt_tokens} tokens and max_tokens={max_tokens} exceed"
         if num_tokens > self.max_model_len:
             raise ValueError(f"{asked} max_model_len={self.max_model_len}")
@@ -141,16 +150,24 @@ class LLMEngine:
         if num_tokens > self.num_blocks * size:
             raise ValueError(f"{asked} the cache of {self.num_blocks} blocks of {size} tokens")
 
+    def longest_sequence(self) -> int:
+        """The most tokens, prompt and output together, that a request may come to."""
+        return min(self.max_model_len, self.num_blocks * self.config.kvcache_block_size)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """The prompt's token ids, in a list of its own."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the checkpoint has no tokenizer: give token ids, not text")
-            prompt.encode()  # UnicodeEncodeError, a ValueError, for what is no Unicode text
-            return self.tokenizer.encode(prompt)
+            with as_value_error("the prompt is no Unicode text"):
+                prompt.encode()
+            with as_value_error("the tokenizer can't encode the prompt"):
+                return self.tokenizer.encode(prompt)
+        if isinstance(prompt, np.ndarray) and prompt.ndim == 1:
+            return prompt.tolist()
         if not isinstance(prompt, list | tuple):
             raise ValueError(f"a prompt is text or a list of token ids, got {prompt!r}")
-        return list(prompt)
+        return [as_python(token_id) for token_id in prompt]
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue a request and return its id; ValueError, and nothing queued, for a bad one."""
@@ -299,23 +316,41 @@ class LLMEngine:
         messages: Messages | list[Messages],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of a list, through the checkpoint's chat template."""
+        """Answer one conversation, or each of a list, through the checkpoint's chat template.
+
+        `chat_template_kwargs` are handed to the template, as Qwen3's enable_thinking.
+        """
         first = messages[0] if isinstance(messages, list | tuple) and messages else None
         conversations = messages if isinstance(first, list | tuple) else [messages]
-        prompts = [self.apply_chat_template(conversation) for conversation in conversations]
+        prompts = [self.apply_chat_template(c, chat_template_kwargs) for c in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def apply_chat_template(self, messages: Messages) -> list[int]:
-        """The token ids of a conversation, up to where the assistant's answer begins."""
+    def apply_chat_template(
+        self, messages: Messages, chat_template_kwargs: dict[str, Any] | None = None
+    ) -> list[int]:
+        """The token ids of a conversation, up to where the assistant's answer begins.
+
+        Where the last message is the assistant's, the answer goes on where that ends.
+        """
+        self.check_chat_template()
+        messages = check_messages(messages)
+        is_begun = messages[-1]["role"] == "assistant"
+        with as_value_error("the chat template does not take this conversation"):
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=not is_begun,
+                continue_final_message=is_begun,
+                **({} if chat_template_kwargs is None else chat_template_kwargs),
+            )
+            return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def check_chat_template(self) -> None:
+        """ValueError where there is none."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise ValueError("the checkpoint has no chat template")
-        check_messages(messages)
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        text.encode()  # as in `encode`
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def output(self, seq: Sequence) -> RequestOutput:
         """A finished sequence's result; its text ends before the stop string that ended it."""
@@ -362,23 +397,42 @@ class LLMEngine:
             return ""
 
 
-def check_messages(messages: Messages) -> None:
-    """ValueError unless these are messages with a role and a content."""
+def check_messages(messages: Messages) -> Messages:
+    """The messages, each content one text; ValueError unless each has a role and a content."""
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(f"a conversation is a list of messages, got {messages!r}")
+    checked = []
     for message in messages:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise ValueError(f"a message is a dict of two texts, role and content; got {message!r}")
+        if not isinstance(message, dict):
+            raise ValueError(f"a message is a dict of role and content, got {message!r}")
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            content = "\n".join(map(text_of, content))
+        if not isinstance(message.get("role"), str) or not isinstance(content, str):
+            raise ValueError(f"role and content of a message must be text, got {message!r}")
+        with as_value_error("a message is no Unicode text"):
+            content.encode()
+        checked.append({**message, "content": content})
+    return checked
+
+
+def text_of(part: Any) -> str:
+    """The text of a part of a message's content; ValueError for a part of another type."""
+    if not isinstance(part, dict):
+        raise ValueError(f'a part of a content is {{"type": "text", "text": …}}, got {part!r}')
+    if part.get("type") != "text":
+        raise ValueError(f"a part of a content must be of type 'text', got {part.get('type')!r}")
+    if not isinstance(part.get("text"), str):
+        raise ValueError(f"a part of a content holds no text: {part!r}")
+    return part["text"]
 
 
 def as_prompt_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list of prompts."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, str) or isinstance(prompts, np.ndarray) and prompts.ndim == 1:
         return [prompts]
     if not isinstance(prompts, list | tuple):
         raise ValueError(f"prompts must be text, token ids or a list of these, got {prompts!r}")
-    if prompts and isinstance(prompts[0], int):
+    if prompts and isinstance(prompts[0], numbers.Integral):
         return [list(prompts)]
     return list(prompts)
