@@ -22,7 +22,7 @@ test: $(FULL)  ## run everything: lint, tangle, tests, book build, every noteboo
 
 soak: $(FULL)  ## the long runs: 200,000 random operations, 2,000 requests in a small pool
 	@NANOVLLM_OPERATIONS=200000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
-	  tests/conformance -k random_operations
+	  tests/conformance -k "random_operations or random_pipelines"
 	@NANOVLLM_OPERATIONS=200000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 \
 	  tests/conformance/from_stage_5 -k "not random_operations"
 	@$(BIN)/python tests/bench_scheduler.py

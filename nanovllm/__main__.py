@@ -12,6 +12,7 @@ from typing import get_args
 
 from nanovllm.config import Config
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.errors import one_line
 from nanovllm.utils.options import types_of
 
 
@@ -110,6 +111,9 @@ def chat(args: argparse.Namespace) -> None:
 
     params = SamplingParams(**take(args, SamplingParams) | {"seed": None})
     llm = LLM(**take(args, Config))
+    llm.check_chat_template()
+    if hasattr(sys.stdin, "reconfigure"):  # a line of bytes that are no text is refused, alone
+        sys.stdin.reconfigure(errors="surrogateescape")
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -121,15 +125,15 @@ def chat(args: argparse.Namespace) -> None:
             return
         messages.append({"role": "user", "content": line})
         # The oldest exchange goes first once the conversation outgrows the model.
-        room = llm.max_model_len - params.max_tokens
-        while len(llm.apply_chat_template(messages)) > room and len(messages) > 2:
-            del messages[:2]
+        room = llm.longest_sequence() - (params.max_tokens or 1)
         try:
+            while len(llm.apply_chat_template(messages)) > room and len(messages) > 2:
+                del messages[:2]
             pieces = llm.stream(llm.apply_chat_template(messages), params)
             messages.append({"role": "assistant", "content": print_stream(pieces)})
         except ValueError as error:
             messages.pop()
-            print(f"nanovllm: error: {error}", file=sys.stderr)
+            print(f"nanovllm: error: {one_line(error)}", file=sys.stderr)
         except KeyboardInterrupt:
             messages.pop()
             print("\n[stopped]", file=sys.stderr)
@@ -161,8 +165,10 @@ def run_stage(stage: int) -> int:
     del arguments[at : at + (1 if "=" in arguments[at] else 2)]
     with tempfile.TemporaryDirectory() as folder:
         write = [sys.executable, tool, "--upto", str(stage), "--out", folder]
-        if subprocess.run(write).returncode:
-            return 2
+        written = subprocess.run(write, capture_output=True, text=True)
+        if written.returncode:
+            reason = written.stderr.strip().splitlines()[-1]
+            raise ValueError(f"--stage {stage} can't be written: {reason}")
         environment = {**os.environ, "PYTHONPATH": folder}
         command = [sys.executable, "-m", "nanovllm", *arguments]
         return subprocess.run(command, env=environment, cwd=folder).returncode
@@ -176,7 +182,7 @@ def main() -> int:
         print(end="", flush=True)  # what does not fit on a disk shows here at the latest
         return 0
     except (ValueError, RuntimeError, MemoryError) as error:
-        print(f"nanovllm: error: {error}", file=sys.stderr)
+        print(f"nanovllm: error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -185,7 +191,7 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 0
-        print(f"nanovllm: error: {error}", file=sys.stderr)
+        print(f"nanovllm: error: {one_line(error)}", file=sys.stderr)
         return 1
 
 

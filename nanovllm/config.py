@@ -1,18 +1,18 @@
 """The engine's options (`Config`) and a checkpoint's shape (`ModelConfig`)."""
 
 import json
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
+from nanovllm.utils.errors import as_value_error, one_line
 from nanovllm.utils.options import check_options, matches, option, reject_unknown
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+if TYPE_CHECKING:  # torch takes seconds to load, and a scheduler or a --help can do without
+    import torch
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,13 @@ class Config:
     load_format: str = option(
         "auto", "dummy: random weights, from config.json alone", choices=("auto", "dummy")
     )
-    seed: int | None = option(None, "seed for requests that bring none", minimum=0)
+    seed: int | None = option(
+        None,
+        "seed for requests that bring none: same seed, same tokens in float32 on a CPU; on a GPU "
+        "in half precision rounding may depend on the batch",
+        minimum=0,
+    )
+    tensor_parallel_size: int = option(1, "GPUs that share the model: 1", minimum=1, maximum=1)
     max_num_seqs: int = option(512, "most sequences that run at once", minimum=1)
     max_num_batched_tokens: int = option(16384, "most tokens in a step", minimum=1)
     kvcache_block_size: int = option(256, "tokens in a block of the cache", minimum=1)
@@ -56,8 +62,11 @@ class Config:
         name, _, index = self.device.partition(":")
         if name not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
             raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
-        if name == "cuda" and int(index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device {self.device!r} is not there: torch sees no such GPU")
+        if name == "cuda":
+            import torch
+
+            if int(index or 0) >= torch.cuda.device_count():
+                raise ValueError(f"device {self.device!r} is not there: torch sees no such GPU")
 
     @classmethod
     def from_options(cls, **options) -> "Config":
@@ -66,17 +75,21 @@ class Config:
         return cls(**options)
 
     @property
-    def torch_device(self) -> torch.device:
+    def torch_device(self) -> "torch.device":
         """The device that "auto" stands for: the first GPU, else the CPU."""
+        import torch
+
         if self.device != "auto":
             return torch.device(self.device)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """The data type that "auto" stands for: bfloat16 on a GPU, float32 on the CPU."""
+        import torch
+
         if self.dtype != "auto":
-            return DTYPES[self.dtype]
+            return getattr(torch, self.dtype)
         return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
 
 
@@ -129,16 +142,16 @@ class ModelConfig:
             value = scaling.get(name)
             if value is None and not (name == "factor" and is_linear):
                 continue
-            if not matches(value, (float,)) or not 0 < value < torch.inf:
+            if not matches(value, (float,)) or not 0 < value < math.inf:
                 raise ValueError(f"RoPE's {name} must be a number above 0, got {value!r}")
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
         """Read config.json and generation_config.json; ValueError for what is not a Qwen3."""
         path = folder / "config.json"
-        if not path.is_file():
-            raise ValueError(f"{folder} has no config.json")
         raw = read_json(path)
+        if not raw:
+            raise ValueError(f"{folder} has no config.json, or an empty one")
         required = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
         for name, value in required.items():
             if raw.get(name) != value:
@@ -171,19 +184,52 @@ class ModelConfig:
             return cls(**values)
         except TypeError as error:
             missing = str(error).split("argument", 1)[-1].lstrip("s: ")
-            raise ValueError(f"{path} does not say {missing}") from None
+            raise ValueError(f"{path} does not say {missing}") from error
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {one_line(error)}") from error
+
+    @property
+    def longest(self) -> int:
+        """How many tokens the positions reach: where RoPE is stretched, more than was trained.
+
+        Qwen3 with YaRN: 32,768 original positions times 4, though max_position_embeddings says
+        40,960. Without a factor, YaRN stretches the original positions to max_position_embeddings.
+        """
+        longest, scaling = self.max_position_embeddings, self.rope_scaling
+        kind = scaling.get("rope_type", scaling.get("type"))
+        factor = scaling.get("factor")
+        if factor is None or kind not in ("linear", "yarn"):
+            return longest
+        trained = scaling.get("original_max_position_embeddings") if kind == "yarn" else None
+        # Bounded, for config.json may hold any factor.
+        return max(longest, int(min((trained or longest) * factor, 2**31)))
+
+    def fit(self, max_model_len: int, is_asked: bool) -> int:
+        """max_model_len, or less where the model ends before it and nobody asked for it.
+
+        ValueError where the caller asked for what the model can't reach.
+        """
+        if is_asked and max_model_len > self.longest:
+            raise ValueError(
+                f"max_model_len={max_model_len} is more than this model reaches: {self.longest} "
+                f"tokens, by config.json's max_position_embeddings and RoPE scaling"
+            )
+        return min(max_model_len, self.longest)
+
+    def with_eos(self, token_id: int | None) -> "ModelConfig":
+        """The same with one more end-of-sequence token: a tokenizer names one, too."""
+        eos = {*self.eos_token_ids} | ({token_id} - {None})
+        return replace(self, eos_token_ids=tuple(sorted(eos)))
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    """The JSON object in a file; empty where there is no such file. ValueError for any other."""
+    with as_value_error(f"{path} can't be read"):
+        if not path.is_file():
+            return {}
+        content = path.read_bytes()
+    with as_value_error(f"{path} is not valid JSON"):
+        content = json.loads(content.decode())
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {content!r:.40}")
     return content

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nanovllm.utils.options import check_options, option
+from nanovllm.utils.options import as_python, check_options, option
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +13,9 @@ class SamplingParams:
     """
 
     temperature: float = option(1.0, "0 is greedy; higher is more varied", minimum=0)
-    max_tokens: int = option(64, "stop after this many tokens", minimum=1)
+    max_tokens: int | None = option(
+        64, "stop after this many tokens; None: once max_model_len is reached", minimum=1
+    )
     ignore_eos: bool = option(False, "go on after an end-of-sequence token")
     top_k: int = option(0, "sample among the k likeliest tokens (0: all)", minimum=0, maximum=2**31)
     top_p: float = option(
@@ -21,7 +23,8 @@ class SamplingParams:
     )
     seed: int | None = option(
         None,
-        "same seed, same tokens, whatever else is in the batch",
+        "same seed, same tokens, whatever else is in the batch: in float32 on a CPU; on a GPU in "
+        "half precision rounding may depend on the batch",
         minimum=-(2**63),
         maximum=2**63 - 1,
     )
@@ -33,7 +36,7 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop must hold non-empty strings, got {stop!r}")
-        stop_token_ids = tuple(self.stop_token_ids)
+        stop_token_ids = tuple(map(as_python, self.stop_token_ids))
         if not all(type(token_id) is int for token_id in stop_token_ids):
             raise ValueError(f"stop_token_ids must hold integers, got {stop_token_ids!r}")
         # A frozen class sets its own fields this way.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,22 @@ def test_help_is_there(command):
             assert option in shown.stdout
 
 
+def test_help_answers_within_a_second():
+    """The best of three, for other work may hold a machine up; with torch it takes several."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert nanovllm("--help").returncode == 0
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1
+
+
+def test_the_help_of_seed_promises_what_holds():
+    shown = " ".join(nanovllm("generate", "--help").stdout.split())
+    assert "same seed, same tokens" in shown
+    assert "in float32 on a CPU" in shown and "half precision" in shown
+
+
 def test_generate_streams_the_story_and_says_how_fast():
     ran = nanovllm("generate", "Once upon a time", "--seed", "1", "--max-tokens", "30")
     assert ran.returncode == 0
@@ -54,6 +71,11 @@ def test_stop_may_be_given_again():
         ["generate", "Hi", "--temperature", "nan"],
         ["generate", "Hi", "--top-p", "1.5"],
         ["generate", "Hi", "--model", "./nowhere"],
+        ["generate", "Hi", "--model", "~nosuchuser/m"],
+        ["generate", "Hi", "--model", "a/" + "x" * 300],
+        ["generate", "Hi", "--model", "nobody/nothing"],
+        ["generate", "Hi", "--max-model-len", "5000"],
+        ["generate", "Hi", "--tensor-parallel-size", "2"],
         ["generate", "Hi", "--device", "tpu"],
         ["generate", b"\xff"],
         ["bench", "--shape", "qwen9"],
@@ -66,6 +88,7 @@ def test_a_bad_value_is_one_clear_line_and_status_2(arguments):
     ran = nanovllm(*arguments)
     assert ran.returncode == 2, ran.stderr
     assert "Traceback" not in ran.stderr and "error" in ran.stderr
+    assert ran.stderr.count("nanovllm: error: ") == ran.stderr.count("\n") == 1
     assert ran.stdout == ""
 
 
@@ -126,6 +149,54 @@ def test_chat_answers_each_line_and_ends_with_the_input():
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("you> ") == 3 and "fox" in ran.stdout
     assert ran.stderr.count("tokens/s") == 2
+
+
+def with_template(folder: Path, template: str | None) -> str:
+    """A copy of the bundled model with another chat template, or with none."""
+    shutil.copytree(ROOT / "nanovllm" / "tiny", folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_chat_goes_on_after_a_line_of_invalid_bytes():
+    command = [sys.executable, "-m", "nanovllm", "chat", "--temperature", "0"]
+    lines = b"Hello\n\xff\xfe\nTell me a story about a fox.\n"
+    ran = subprocess.run(command, input=lines, capture_output=True, env=ENVIRONMENT, timeout=100)
+    errors = ran.stderr.decode()
+    assert ran.returncode == 0, errors
+    assert ran.stdout.count(b"you> ") == 4 and b"fox" in ran.stdout
+    assert errors.count("tokens/s") == 2 and "Traceback" not in errors
+    assert errors.count("nanovllm: error: ") == 1 and "no Unicode text" in errors
+
+
+def test_chat_goes_on_after_a_refusal_of_the_template(tmp_path):
+    template = (
+        "{% if 'secret' in messages[-1].content %}{{ raise_exception('not that\nplease') }}"
+        "{% endif %}{{ messages[-1].content }}"
+    )
+    model = with_template(tmp_path / "model", template)
+    options = ("--model", model, "--max-tokens", "5")
+    ran = nanovllm("chat", *options, input="Hello\nthe secret\nHello\n")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("you> ") == 4 and ran.stderr.count("tokens/s") == 2
+    assert ran.stderr.count("nanovllm: error: ") == 1 and ran.stderr.count("\n") == 3
+    assert "not that" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_chat_without_a_template_ends_at_once_with_status_2(tmp_path):
+    ran = nanovllm("chat", "--model", with_template(tmp_path / "model", None), input="Hello\nHi\n")
+    assert ran.returncode == 2 and ran.stdout == ""
+    assert "no chat template" in ran.stderr and ran.stderr.count("\n") == 1
+
+
+def test_chat_drops_the_oldest_exchange_once_the_cache_is_full():
+    options = ("--kvcache-block-size", "16", "--num-kvcache-blocks", "8", "--max-tokens", "60")
+    lines = "Tell me a story about a fox.\n" * 5
+    ran = nanovllm("chat", *options, "--ignore-eos", input=lines)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("tokens/s") == 5 and "error" not in ran.stderr
 
 
 def test_bench_prints_one_json_object():

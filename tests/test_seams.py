@@ -37,7 +37,7 @@ def sketch(chapter: int, plan: dict[str, list[int]], seen: set[str]) -> list[str
 
 def test_the_plan_goes_through_the_tangle_with_at_most_three_definitions(tmp_path):
     plan, seen = planned(), set()
-    assert {"LLMEngine.step", "Attention.forward", "ModelRunner.run"} <= plan.keys()
+    assert {"LLMEngine.run_step", "Attention.forward", "ModelRunner.run"} <= plan.keys()
     book = write_book(tmp_path, *[sketch(k, plan, seen) for k in range(1, 9)])
     assert max(tangle.package(8, book).count.values()) <= tangle.MOST_DEFINITIONS
     for k in range(1, 9):

@@ -6,28 +6,38 @@ from tqdm import tqdm
 
 from nanovllm.engine.sequence import Sequence
 
+INTERVAL = 0.1  # seconds between two looks at all requests
+
 
 class Progress:
     """Counts finished requests and shows prompt and output tokens a second."""
 
-    def __init__(self, num_requests: int, enabled: bool):
-        self.bar = tqdm(total=num_requests, desc="Generating", disable=not enabled, unit="request")
-        self.num_prompt_tokens = self.num_output_tokens = 0
-        self.start = perf_counter()
+    def __init__(self, seqs: list[Sequence], enabled: bool):
+        self.seqs, self.enabled = seqs, enabled
+        self.bar = tqdm(total=len(seqs), desc="Generating", disable=not enabled, unit="request")
+        self.start = self.last_time = perf_counter()
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *exception) -> None:
+        self.show()
         self.bar.close()
 
-    def update(self, seqs: list[Sequence]) -> None:
-        """Account for a step that gave each of these sequences a token."""
-        firsts = [seq for seq in seqs if seq.num_completion_tokens == 1]
-        self.num_prompt_tokens += sum(seq.num_prompt_tokens for seq in firsts)
-        self.num_output_tokens += len(seqs)
-        seconds = perf_counter() - self.start
-        prompt, output = self.num_prompt_tokens / seconds, self.num_output_tokens / seconds
-        rates = {"prompt": f"{prompt:,.0f} tok/s", "output": f"{output:,.0f} tok/s"}
+    def update(self) -> None:
+        """Show how far the requests are, if that was not done a moment ago."""
+        if self.enabled and perf_counter() - self.last_time >= INTERVAL:
+            self.show()
+
+    def show(self) -> None:
+        """Show how far the requests are, whoever ran the steps."""
+        self.last_time = perf_counter()
+        begun = [seq for seq in self.seqs if seq.num_completion_tokens > 0]
+        tokens = {
+            "prompt": sum(seq.num_prompt_tokens for seq in begun),
+            "output": sum(seq.num_completion_tokens for seq in begun),
+        }
+        seconds = self.last_time - self.start
+        rates = {name: f"{number / seconds:,.0f} tok/s" for name, number in tokens.items()}
         self.bar.set_postfix(rates, refresh=False)
-        self.bar.update(sum(seq.is_finished for seq in seqs))
+        self.bar.update(sum(seq.is_finished for seq in self.seqs) - self.bar.n)

@@ -35,11 +35,11 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         self.reset()
 
-    def reset(self) -> None:
-        """Forget every request, whatever state an exception left it in: all blocks are free."""
+    def reset(self, error: BaseException | None = None) -> None:
+        """Forget every request, whatever state `error` left it in: all blocks are free."""
         for seq in (*self.waiting, *self.running):
             if not seq.is_finished:
-                seq.finish("abort")
+                seq.finish("abort", error)
         self.waiting, self.running = deque(), []
         self.in_flight: deque[Launched] = deque()  # oldest first
         self.block_manager = BlockManager(
@@ -53,7 +53,6 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence behind the others."""
-        seq.arrival_time = perf_counter()
         self.waiting.append(seq)
 
     def schedule(self) -> list[Sequence]:
@@ -128,19 +127,16 @@ class Scheduler:
         return seq
 
     def postprocess(self, seqs: list[Sequence], token_ids: list[int]) -> list[Sequence]:
-        """Account for a step; returns the sequences that gained a token by it."""
+        """Account for a step; returns the sequences that gained a token by it, or ended."""
         if not self.in_flight:  # it was run with nobody waiting
             self.advance(seqs)
         now, grown, grows = perf_counter(), [], self.in_flight.popleft().grows
         for seq, token_id, it_grows in zip(seqs, token_ids, grows, strict=True):
             if seq.is_finished or not it_grows:
                 continue  # its end was seen while this step ran, or more of the prompt is to come
-            seq.append_token(token_id)
+            seq.note_time(now)
+            seq.receive(token_id, self.eos_token_ids)
             self.block_manager.cache_blocks(seq, min(seq.num_computed_tokens, seq.num_known_tokens))
-            seq.last_token_time = now
-            if seq.num_completion_tokens == 1:
-                seq.first_token_time = now
-            self.finish_if_done(seq)
             grown.append(seq)
         for seq in grown:
             if seq.is_finished:
@@ -151,18 +147,6 @@ class Scheduler:
         if self.is_finished():
             self.in_flight.clear()  # what still runs is for nobody
         return grown
-
-    def finish_if_done(self, seq: Sequence) -> None:
-        """Finish a sequence whose newest token ends it."""
-        params, token_id, detokenizer = seq.params, seq.last_token, seq.detokenizer
-        is_eos = token_id in self.eos_token_ids and not params.ignore_eos
-        if detokenizer is not None:
-            detokenizer.append(token_id)
-            is_eos = is_eos or detokenizer.has_stopped
-        if is_eos or token_id in params.stop_token_ids:
-            seq.finish("stop")
-        elif seq.num_completion_tokens == params.max_tokens:
-            seq.finish("length")
 
     def advance(self, seqs: list[Sequence], result: Any = None) -> None:
         """A step has been launched: its tokens count as computed, the sampled ones will come."""

@@ -1,5 +1,7 @@
 """One request: its tokens, its parameters, how far it has come."""
 
+from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -26,8 +28,11 @@ class Sequence:
     seed: int | None
     num_prompt_tokens: int = field(init=False)
     status: SequenceStatus = SequenceStatus.WAITING
-    finish_reason: str | None = None  # "stop", "length" or "abort" once finished
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error" once finished
+    error: BaseException | None = None  # what went wrong, if anything did
+    arrival_time: float = 0.0  # when it was added, in seconds by time.perf_counter
     detokenizer: Detokenizer | None = None  # where text is wanted before the end
+    outbox: deque[int] | None = None  # tokens for one who reads along, perhaps in another thread
     num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
     block_table: list[int] = field(default_factory=list)  # its blocks, in the order of the text
     prefixes: list[Prefix] = field(default_factory=list)  # its full blocks that are in the cache
@@ -36,8 +41,7 @@ class Sequence:
     num_scheduled_tokens: int = 0  # tokens that it brings in the next step
     num_preemptions: int = 0
     num_hit_tokens: int = 0  # prompt tokens that were in the cache when it was first admitted
-    arrival_time: float = 0.0  # these in seconds, by time.perf_counter
-    first_token_time: float | None = None
+    first_token_time: float | None = None  # in seconds, by time.perf_counter
     last_token_time: float | None = None
     num_pending_tokens: int = 0  # placeholders at the end of token_ids: sampled, and not yet read
 
@@ -54,6 +58,12 @@ class Sequence:
     def is_running(self) -> bool:
         """It has blocks, and a part in each step."""
         return self.status is SequenceStatus.RUNNING
+
+    def note_time(self, now: float) -> None:
+        """A token is about to be received."""
+        if self.num_completion_tokens == 0:
+            self.first_token_time = now
+        self.last_token_time = now
 
     def __post_init__(self):
         self.num_prompt_tokens = len(self.token_ids)
@@ -106,12 +116,45 @@ class Sequence:
         self.token_ids[self.num_known_tokens] = token_id
         self.num_pending_tokens -= 1
 
-    def finish(self, reason: str) -> None:
+    def finish(self, reason: str, error: BaseException | None = None) -> None:
         """Mark the sequence finished, for the reason that the caller will read.
 
         What a step that still runs samples for it is not wanted.
         """
         del self.token_ids[self.num_known_tokens :]
         self.num_pending_tokens = 0
-        self.status = SequenceStatus.FINISHED
-        self.finish_reason = reason
+        self.finish_reason, self.error = reason, error
+        self.status = SequenceStatus.FINISHED  # last: another thread may be looking
+
+    def receive(self, token_id: int, eos_token_ids: Collection[int]) -> None:
+        """Take the token that was sampled, and finish if nothing is to follow it.
+
+        -1 stands for a token that could not be sampled. Whatever fails ends this request alone.
+        """
+        if token_id < 0:
+            return self.finish("error", RuntimeError("the model's logits are NaN, not a number"))
+        self.append_token(token_id)
+        is_eos = token_id in eos_token_ids and not self.params.ignore_eos
+        reason, error = None, None
+        if is_eos or token_id in self.params.stop_token_ids:
+            reason = "stop"
+        elif self.num_completion_tokens == self.params.max_tokens:
+            reason = "length"
+        try:
+            if self.detokenizer is not None and self.read_text(
+                token_id, is_last=reason is not None
+            ):
+                reason = "stop"
+        except Exception as trouble:
+            reason, error = "error", trouble
+        if self.outbox is not None:
+            self.outbox.append(token_id)
+        if reason is not None:
+            self.finish(reason, error)
+
+    def read_text(self, token_id: int, is_last: bool) -> bool:
+        """Decode the newest token; was a stop string in it?"""
+        self.detokenizer.append(token_id)
+        if is_last:
+            self.detokenizer.flush()
+        return self.detokenizer.has_stopped

@@ -5,7 +5,6 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 
 from nanovllm.config import Config
 from nanovllm.kernels.decode_attention import paged_decode_attention
@@ -22,10 +21,24 @@ def causal_attention(
     q: [num_new, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim], and the new
     tokens are the last of these. Heads i * group … (i + 1) * group - 1 of q share key/value head i.
     """
-    mask = causal_lower_right(len(q), len(k))  # the last query sees the last key
+    is_whole = len(q) == len(k)
+    mask = None if is_whole else lower_right(len(q), len(k), q.device)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, tokens, head_dim]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_whole, scale=scale, enable_gqa=True
+    )
     return out.squeeze(0).transpose(0, 1)
+
+
+def lower_right(num_new: int, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """The mask in which the last of `num_new` queries sees the last of `num_tokens` keys."""
+    if device.type == "cpu":
+        return torch.ones(num_new, num_tokens, dtype=torch.bool).tril(num_tokens - num_new)
+    # A GPU's kernels need no matrix for it. Imported late: it brings torch's compiler along,
+    # which takes a second to load and wants a writable temporary folder.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(num_new, num_tokens)
 
 
 def paged_attention(

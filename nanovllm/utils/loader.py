@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 import nanovllm
 from nanovllm.config import read_json
 from nanovllm.layers.linear import MergedLinear
+from nanovllm.utils.errors import as_value_error
 
 BUNDLED_MODEL = Path(nanovllm.__path__[0]) / "tiny"
 
@@ -18,13 +19,17 @@ BUNDLED_MODEL = Path(nanovllm.__path__[0]) / "tiny"
 def load_model(model: nn.Module, folder: Path) -> None:
     """Fill every parameter from the folder's safetensors files.
 
-    ValueError for a tensor that is missing or does not fit; a warning for one that nothing uses.
+    ValueError for a tensor that is missing or does not fit; a warning for one that nothing uses,
+    and for a stored head that is not the embedding that it is tied to.
     """
     parameters = targets(model)
-    missing, unused = set(parameters), []
+    missing, unused, stored_head = set(parameters), [], None
     for name, tensor in checkpoint_tensors(folder):
         if name not in parameters:
-            unused.append(name)
+            if name == "lm_head.weight":
+                stored_head = tensor  # the embedding may be yet to come
+            else:
+                unused.append(name)
             continue
         target = parameters[name]
         if tensor.shape != target.shape or not tensor.is_floating_point():
@@ -36,10 +41,10 @@ def load_model(model: nn.Module, folder: Path) -> None:
         missing.discard(name)
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {min(missing)}")
-    # A tied head is the embedding itself; some checkpoints store a copy of it all the same.
-    unused = [name for name in unused if name != "lm_head.weight"]
     if unused:
         warnings.warn(f"{folder}: nothing uses {', '.join(sorted(unused)[:8])}", stacklevel=2)
+    if stored_head is not None:
+        check_tied_head(model.get_parameter("lm_head.weight"), stored_head, folder)
 
 
 def targets(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -56,27 +61,66 @@ def targets(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def check_tied_head(head: torch.Tensor, stored: torch.Tensor, folder: Path) -> None:
+    """Warn of a stored head that is not the embedding, which serves as the head when tied.
+
+    Some checkpoints store a copy; where it is another matrix, one of two files is wrong.
+    """
+    if not torch.equal(head.cpu(), stored.to(head.dtype)):
+        warnings.warn(
+            f"{folder}: lm_head.weight differs from the embedding, which config.json ties the head "
+            "to: it is not used (tie_word_embeddings=false in config.json would use it)",
+            stacklevel=2,
+        )
+
+
 def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor of a checkpoint with its name, from one safetensors file or from its shards."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str) for file in weight_map.values()
-        ):
-            raise ValueError(f"{index} has no weight_map of names to files")
-        files = sorted(set(weight_map.values()))
-    else:
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
+    """Each tensor of a checkpoint with its name, from the one file that it is to be read from."""
+    files = files_of_tensors(folder)
+    for file in sorted(set(files.values())):
+        with as_value_error(f"{folder / file} can't be read"):
+            tensors = safe_open(folder / file, framework="pt")
+        for name in (name for name in files if files[name] == file):
+            with as_value_error(f"{folder / file}: {name} can't be read"):
+                tensor = tensors.get_tensor(name)
+            yield name, tensor
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def files_of_tensors(folder: Path) -> dict[str, str]:
+    """Tensor name -> name of its file. ValueError where two files are as good, or there is none.
+
+    In the order of transformers: model.safetensors alone; else the files that an index names,
+    each for the tensors that the index assigns to it; else all files of the folder together.
+    """
+    with as_value_error(f"{folder} can't be read"):
+        is_whole = (folder / "model.safetensors").is_file()
+        every = sorted(path.name for path in folder.glob("*.safetensors"))
+        is_sharded = not is_whole and (folder / INDEX).is_file()
+    if is_sharded:
+        files = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+            raise ValueError(f"{folder / INDEX} has no weight_map of names to files")
+        return files
+    files = {}
+    for file in ["model.safetensors"] if is_whole else every:
+        with as_value_error(f"{folder / file} can't be read"):
+            with safe_open(folder / file, framework="pt") as tensors:
+                names = list(tensors.keys())
+        for name in names:
+            if name in files:
+                raise ValueError(f"{folder}: {name} stands in {files[name]} and in {file}")
+            files[name] = file
     if not files:
         raise ValueError(f"{folder} has no *.safetensors: there are no weights to load")
-    for file in files:
-        try:
-            with safe_open(folder / file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    yield name, tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / file} can't be read: {error}") from None
+    return files
+
+
+# What a checkpoint is made of. A name with a folder in it matches too: chat templates are in two
+# places, chat_template.jinja and additional_chat_templates/.
+FETCHED = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
 
 
 def find_checkpoint(model: str | None) -> Path:
@@ -86,18 +130,17 @@ def find_checkpoint(model: str | None) -> Path:
     """
     if model is None:
         return BUNDLED_MODEL
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+    with as_value_error(f"model {model!r} can't be looked up"):  # a home of nobody, no permission
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            return folder
+        is_hub_name = not folder.exists() and model.count("/") == 1
+    if not is_hub_name or model.startswith((".", "/", "~")):
         raise ValueError(f"model {model!r} is not a folder")
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model {model!r} is neither a folder nor fetched: {reason}") from None
+    with as_value_error(f"model {model!r} is neither a folder nor fetched"):
+        return Path(snapshot_download(model, allow_patterns=FETCHED))
 
 
 def fill_with_noise(model: nn.Module, seed: int = 0) -> None:

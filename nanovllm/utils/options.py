@@ -1,6 +1,7 @@
 """Options that know their own help text and legal values, for `Config` and `SamplingParams`."""
 
 import difflib
+import numbers
 import sys
 import types
 from dataclasses import field, fields
@@ -25,9 +26,13 @@ def option(
 
 
 def check_options(options: Any) -> None:
-    """Check every field of a dataclass that `option` made; a ValueError names the first misfit."""
+    """Check every field of a dataclass that `option` made; a ValueError names the first misfit.
+
+    Numbers of other libraries are kept as Python's own.
+    """
     for spec in fields(options):
-        value, limits = getattr(options, spec.name), spec.metadata
+        value, limits = as_python(getattr(options, spec.name)), spec.metadata
+        object.__setattr__(options, spec.name, value)  # the way a frozen class sets its own fields
         accepted = types_of(spec.type)
         if not matches(value, accepted):
             wanted = " or ".join("None" if t is type(None) else t.__name__ for t in accepted)
@@ -44,6 +49,13 @@ def check_options(options: Any) -> None:
             raise ValueError(f"{spec.name} must be at most {limits['maximum']}, got {value}")
         if limits.get("choices") and value not in limits["choices"]:
             raise ValueError(f"{spec.name} must be one of {limits['choices']}, got {value!r}")
+
+
+def as_python(value: Any) -> Any:
+    """Another library's number, such as NumPy's, as Python's own; anything else as it is."""
+    if isinstance(value, numbers.Integral):
+        return value if isinstance(value, bool) else int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def reject_unknown(cls: type, options: dict[str, Any]) -> None:

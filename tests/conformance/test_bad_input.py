@@ -2,8 +2,8 @@
 
 import json
 import shutil
-import warnings
 
+import numpy as np
 import pytest
 import torch
 from device import build
@@ -35,6 +35,12 @@ GOOD = SamplingParams
         (dict(stop=""), "stop"),
         (dict(stop=[3]), "stop.*3"),
         (dict(stop_token_ids=["a"]), "stop_token_ids.*a"),
+        (dict(stop_token_ids=[np.float32(3)]), "stop_token_ids.*3.0"),
+        (dict(stop_token_ids=[np.bool_(True)]), "stop_token_ids.*True"),
+        (dict(max_tokens=np.float32(3)), "max_tokens.*3.0"),
+        (dict(max_tokens=np.int64(0)), "max_tokens.*0"),
+        (dict(top_k=np.bool_(True)), "top_k.*True"),
+        (dict(temperature=np.float64("nan")), "temperature.*nan"),
         (dict(ignore_eos=1), "ignore_eos.*1"),
     ],
 )
@@ -63,6 +69,14 @@ def test_checked_sampling_params_stay_as_they_are(change):
         ([[1, -1]], None, "-1"),
         ([[1, 2.5]], None, "2.5"),
         ([[True]], None, "True"),
+        ([[np.bool_(True)]], None, "True"),
+        ([[np.float32(5)]], None, "5.0"),
+        (np.array([1.0, 2.5]), None, "1.0"),
+        (np.array([True]), None, "True"),
+        (np.array([], dtype=np.int64), None, "empty"),
+        (np.array([[1, 2]]), None, "1, 2"),
+        ([np.array([[1, 2]])], None, "1, 2"),
+        ([[np.int64(1), np.int64(1536)]], None, "1536"),
         (7, None, "7"),
         ([7.5], None, "7.5"),
         ([1, 2.5], None, "2.5"),
@@ -71,6 +85,7 @@ def test_checked_sampling_params_stay_as_they_are(change):
         ("Hello \ud800", None, "ud800"),
         ([None], None, "None"),
         ([[1] * 4097], None, "4097.*4096"),
+        ([[1] * 4096], GOOD(max_tokens=None), "4096 tokens.*None.*4096"),
         ([[1] * 4000], GOOD(max_tokens=97), "4000.*97.*4096"),
         (["Hello"], [GOOD(), GOOD()], "1 prompts.*2"),
         (["Hello", "Hello"], [GOOD()], "2 prompts.*1"),
@@ -108,6 +123,11 @@ def test_bad_request_is_refused_and_nothing_is_left(llm, prompts, params, named)
         ([{"role": "user"}], "{'role': 'user'}"),
         ([{"content": "Hello"}], "{'content': 'Hello'}"),
         ([{"role": "user", "content": 5}], "5"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "image_url"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "text"),
+        ([{"role": "user", "content": [{"text": "Hello"}]}], "None"),
+        ([{"role": "user", "content": ["Hello"]}], "Hello"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "5"),
         ([{"role": None, "content": "Hello"}], "None"),
         ([{"role": "user", "content": "Hello"}, "then"], "then"),
         ([{"role": "user", "content": "Hello"}, [{"role": "user", "content": "x"}]], "x"),
@@ -123,6 +143,13 @@ def test_bad_messages_are_refused_and_nothing_is_left(llm, messages, named):
     assert llm.is_finished()
     good = [{"role": "user", "content": "Hello"}]
     assert len(llm.chat([good, good], greedy, use_tqdm=False)) == 2
+
+
+@pytest.mark.parametrize("settings", [5, [], {"tokenize": True}, {5: 5}, {"chat_template": "{{"}])
+def test_bad_chat_template_kwargs_are_refused(llm, settings):
+    with pytest.raises(ValueError, match="chat template"):
+        llm.chat([{"role": "user", "content": "Hello"}], chat_template_kwargs=settings)
+    assert llm.is_finished()
 
 
 def test_bad_stream_is_refused_at_the_call(llm):
@@ -145,6 +172,9 @@ def test_bad_stream_is_refused_at_the_call(llm):
         (dict(model="./nowhere"), "nowhere"),
         (dict(model="nobody/nothing"), "nobody/nothing"),
         (dict(model=5), "model.*5"),
+        (dict(tensor_parallel_size=2), "tensor_parallel_size.*2"),
+        (dict(tensor_parallel_size=0), "tensor_parallel_size.*0"),
+        (dict(max_model_len=4097), "max_model_len=4097.*4096"),
     ],
 )
 def test_bad_engine_option_is_named(options, named):
@@ -181,6 +211,16 @@ def with_file(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
 
+def in_parts(damage):
+    """The same damage to a checkpoint that has no model.safetensors, which would go first."""
+
+    def both(folder):
+        (folder / "model.safetensors").rename(folder / "part.safetensors")
+        damage(folder)
+
+    return both
+
+
 NORM = "model.layers.1.mlp.up_proj.weight"
 INDEX = "model.safetensors.index.json"
 BREAKAGES = {
@@ -214,9 +254,7 @@ BREAKAGES = {
         "no .*safetensors",
     ),
     "shard missing": (
-        lambda f: (f / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {NORM: "model-00001-of-00002.safetensors"}})
-        ),
+        in_parts(with_file(INDEX, b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')),
         "model-00001-of-00002",
     ),
     "broken generation config": (
@@ -233,7 +271,7 @@ BREAKAGES = {
         NORM + ".*int8",
     ),
     "a folder in place of weights": (
-        lambda f: (f / "more.safetensors").mkdir(),
+        in_parts(lambda f: (f / "more.safetensors").mkdir()),
         "more.safetensors",
     ),
     "cut off": (
@@ -275,11 +313,14 @@ for rope, named in (
     ({"rope_type": "yarn", "factor": 2, "beta_fast": [32]}, "beta_fast"),
 ):
     BREAKAGES[str(rope)] = (with_config(rope_parameters=rope), rf"config\.json.*{named}")
-for name in ("config.json", "generation_config.json", INDEX):
-    for content in (b"[1]", b"null", b"", b"{", b"\xff\xfe\x00"):
-        BREAKAGES[f"{name} of {content}"] = (with_file(name, content), name)
+for content in (b"[1]", b"null", b"", b"{", b"\xff\xfe\x00", b"[" * 100_000):
+    for name in ("config.json", "generation_config.json", INDEX):
+        damage = with_file(name, content)
+        damage = in_parts(damage) if name == INDEX else damage
+        BREAKAGES[f"{name} of {content[:9]}"] = (damage, name)
 for content in (b"{}", b'{"weight_map": [1]}', b'{"weight_map": {"a": 1}}'):
-    BREAKAGES[f"{INDEX} of {content}"] = (with_file(INDEX, content), f"{INDEX}.*weight_map")
+    damage = in_parts(with_file(INDEX, content))
+    BREAKAGES[f"{INDEX} of {content}"] = (damage, f"{INDEX}.*weight_map")
 for name in ("tokenizer.json", "tokenizer_config.json"):
     for content in (b"{", b"[]", b"\xff"):
         BREAKAGES[f"{name} of {content}"] = (with_file(name, content), name)
@@ -293,18 +334,11 @@ def test_broken_checkpoint_is_named(breakage, checkpoint):
         build(checkpoint)
 
 
-def test_tensor_that_nothing_uses_is_a_warning(checkpoint):
-    edit_tensors(checkpoint, lambda t: t.update({"model.extra": torch.zeros(3)}))
-    with pytest.warns(UserWarning, match="model.extra"):
-        build(checkpoint)
-
-
-def test_lm_head_beside_tied_embeddings_is_no_warning(checkpoint):
-    edit_tensors(
-        checkpoint, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+def test_a_tokenizer_that_cannot_be_read_is_told_before_the_weights_load(checkpoint):
+    """Minutes may lie between the two."""
+    (checkpoint / "tokenizer.json").write_bytes(b"{")
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="tokenizer.json"):
         build(checkpoint)
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from random import Random
 
+import numpy as np
 import pytest
 from device import build
 from results import results
@@ -104,6 +105,22 @@ def test_eos_tokens_come_from_both_files(files, random_folder, tmp_path, make_ll
     assert out["finish_reason"] == ("length" if files == "neither" else "stop")
 
 
+def test_the_end_of_sequence_that_the_tokenizer_names_counts_too(bundled, tmp_path, make_llm):
+    """Neither JSON file names one, or another than the one that ends the assistant's turn."""
+    hello, params = [{"role": "user", "content": "Hello"}], SamplingParams(temperature=0)
+    expected = make_llm(bundled).chat(hello, params, use_tqdm=False)
+    assert expected[0]["finish_reason"] == "stop", "a bad fixture"
+    for number, other in enumerate([None, 5]):
+        folder = shutil.copytree(bundled, tmp_path / str(number))
+        for name in ("config.json", "generation_config.json"):
+            edit(folder / name, eos_token_id=other)
+        llm = make_llm(folder)
+        assert results(llm.chat(hello, params, use_tqdm=False)) == results(expected)
+        pieces = list(llm.stream(llm.apply_chat_template(hello), params))
+        assert pieces[-1]["finish_reason"] == "stop"
+        assert [i for p in pieces for i in p["token_ids"]] == expected[0]["token_ids"]
+
+
 @pytest.mark.parametrize("span", [(5, 6), (3, 12), (20, 21)])
 def test_stop_string_cuts_the_text_and_never_leaks(llm, span):
     free = llm.generate(
@@ -186,6 +203,82 @@ def test_prompts_come_in_every_form(llm):
     assert tokens(llm, ["Hello", ids], [params, params]) == expected * 2
     assert llm.generate([], params) == []
     assert len(tokens(llm, "Hello", None)) == 1
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.uint64])
+def test_numpy_integers_are_tokens(llm, kind):
+    ids = [3, 200, 17, 99]
+    expected = tokens(llm, ids, SamplingParams(**GREEDY, max_tokens=8))
+    params = SamplingParams(**GREEDY, max_tokens=8, stop_token_ids=[kind(1), 2])
+    array, numbers = np.array(ids, dtype=kind), [kind(i) for i in ids]
+    for prompts in (numbers, [numbers], tuple(numbers), array, [array], [3, *numbers[1:]]):
+        assert tokens(llm, prompts, params) == expected
+    assert tokens(llm, [array, ids, numbers], params) == expected * 3
+    seqs = {}
+    llm.add_request(array, params)
+    while not llm.is_finished():
+        seqs.update({seq.seq_id: seq for seq in llm.step()})
+    (seq,) = seqs.values()
+    everything = [*seq.prompt_token_ids, *seq.completion_token_ids, *seq.params.stop_token_ids]
+    assert {type(token) for token in everything} == {int}
+
+
+def test_numpy_numbers_are_option_values_and_become_pythons_own(make_llm):
+    params = SamplingParams(
+        temperature=np.float32(0.5),
+        top_p=np.float64(0.75),
+        top_k=np.int64(5),
+        max_tokens=np.int32(7),
+        seed=np.uint32(3),
+    )
+    assert params == SamplingParams(temperature=0.5, top_p=0.75, top_k=5, max_tokens=7, seed=3)
+    kinds = [type(getattr(params, n)) for n in ("temperature", "top_p", "top_k", "max_tokens")]
+    assert kinds == [float, float, int, int] and type(params.seed) is int
+    llm = make_llm(max_model_len=np.int64(64), seed=np.int64(1))
+    assert type(llm.config.max_model_len) is int and llm.max_model_len == 64
+
+
+def test_a_message_may_come_in_parts(llm):
+    parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "there"}]
+    whole = llm.apply_chat_template([{"role": "user", "content": "Hello\nthere"}])
+    assert llm.apply_chat_template([{"role": "user", "content": parts}]) == whole
+    assert llm.apply_chat_template([{"role": "user", "content": tuple(parts)}]) == whole
+    empty = llm.apply_chat_template([{"role": "user", "content": ""}])
+    assert llm.apply_chat_template([{"role": "user", "content": []}]) == empty
+
+
+def test_settings_and_further_keys_reach_the_chat_template(llm, monkeypatch):
+    template = (
+        "{% for m in messages %}{{ m.name }}: {{ m.content }}{% endfor %}"
+        "{% if enable_thinking is defined and not enable_thinking %} no thoughts{% endif %}"
+    )
+    monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+    message = {"role": "user", "content": "Hello", "name": "Tom"}
+    plain, short = llm.encode("Tom: Hello"), llm.encode("Tom: Hello no thoughts")
+    assert llm.apply_chat_template([message]) == plain
+    assert llm.apply_chat_template([message], {}) == plain
+    assert (
+        llm.apply_chat_template([message], chat_template_kwargs={"enable_thinking": True}) == plain
+    )
+    silent = {"enable_thinking": False}
+    assert llm.apply_chat_template([message], chat_template_kwargs=silent) == short
+    greedy = SamplingParams(temperature=0, max_tokens=5)
+    answers = llm.chat([message], greedy, use_tqdm=False, chat_template_kwargs=silent)
+    assert results(answers) == results(llm.generate([short], greedy, use_tqdm=False))
+    assert message == {"role": "user", "content": "Hello", "name": "Tom"}
+
+
+def test_a_last_message_of_the_assistants_is_continued(llm):
+    hello = {"role": "user", "content": "Hello"}
+    params = SamplingParams(temperature=0, max_tokens=40)
+    whole = llm.chat([hello], params, use_tqdm=False)[0]["text"]
+    begun = whole[: len(whole) // 2].rstrip()
+    conversation = [hello, {"role": "assistant", "content": begun}]
+    prompt = llm.tokenizer.decode(llm.apply_chat_template(conversation))
+    assert prompt.endswith(f"assistant\n{begun}") and prompt.count("assistant") == 1
+    assert begun + llm.chat(conversation, params, use_tqdm=False)[0]["text"] == whole
+    again = llm.tokenizer.decode(llm.apply_chat_template([*conversation, hello]))
+    assert again.endswith("assistant\n") and again.count("assistant") == 2
 
 
 def test_chat_answers_one_conversation_or_several(llm):

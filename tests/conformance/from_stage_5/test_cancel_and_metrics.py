@@ -122,7 +122,8 @@ def test_a_finished_request_can_not_be_cancelled():
 def ticking(monkeypatch):
     """A clock that moves by one second whenever it is read."""
     ticks = count(100.0)
-    monkeypatch.setattr("nanovllm.engine.scheduler.perf_counter", lambda: next(ticks))
+    for module in ("llm_engine", "scheduler"):
+        monkeypatch.setattr(f"nanovllm.engine.{module}.perf_counter", lambda: next(ticks))
 
 
 def test_times_are_measured_from_the_arrival(ticking):

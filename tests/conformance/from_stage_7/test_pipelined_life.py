@@ -12,6 +12,7 @@ from memory import add_all, block_manager, engine, greedy, num_free, unfinished,
 
 from nanovllm import SamplingParams
 from nanovllm.engine.model_runner import ModelRunner, Result
+from nanovllm.engine.sequence import Sequence
 
 PROMPTS = random_prompts((9, 30, 9, 21), 1536, seed=60)
 PARAMS = varied((24, 18, 24, 5))
@@ -123,14 +124,14 @@ def read(llm, patch, broken) -> None:
 
 def account(llm, patch, broken) -> None:
     """In the middle of accounting for a step: for some of its requests it is done."""
-    finish, calls = llm.scheduler.finish_if_done, count()
+    receive, calls = Sequence.receive, count()
 
-    def now_and_then(seq):
+    def now_and_then(seq, *args):
         if next(calls) == 1:
             broken()
-        finish(seq)
+        receive(seq, *args)
 
-    patch.setattr(llm.scheduler, "finish_if_done", now_and_then)
+    patch.setattr(Sequence, "receive", now_and_then)
 
 
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, RuntimeError])
@@ -228,7 +229,8 @@ def test_a_stop_token_costs_at_most_one_step_more(monkeypatch, place):
 def test_times_are_measured_when_a_token_is_read(monkeypatch):
     """A clock that moves by one second whenever it is read: a step is a second."""
     ticks = count(100.0)
-    monkeypatch.setattr("nanovllm.engine.scheduler.perf_counter", lambda: next(ticks))
+    for module in ("llm_engine", "scheduler"):
+        monkeypatch.setattr(f"nanovllm.engine.{module}.perf_counter", lambda: next(ticks))
     with pipelined(max_num_batched_tokens=10) as llm:
         (out,) = llm.generate(PROMPTS[1], greedy(4), use_tqdm=False)
     assert out["metrics"] == dict(

@@ -3,7 +3,8 @@
 The model keeps a list of slots, as the cache does. A step writes into each slot that it computes
 the name of the text up to there, finds its own text in all slots that it reads, and samples a token
 that follows from this text alone, so that each request has one right answer. The device is a step
-ahead of the host: what it sampled last is known to it, and not to the scheduler.
+ahead of the host: what it sampled last is known to it, and not to the scheduler. Requests are
+cancelled and streams closed between steps, in the middle of a step, and from several threads.
 
 For longer, and to be told how many operations ran:
 
@@ -14,6 +15,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from random import Random
 
 import pytest
@@ -25,9 +30,11 @@ from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.turns import Turns
 
 OPERATIONS = int(os.environ.get("NANOVLLM_OPERATIONS", 0)) or 12_000  # at least
 EOS = 2
+OTHERS = ["forget", "forget", "reset", "fail"]
 
 
 class Interrupted(Exception):
@@ -54,6 +61,7 @@ class PlainModel:
         self.sampled: list[int] = []  # by the newest step
         self.fails_in = -1  # steps until one fails; never, if negative
         self.num_runs = 0
+        self.meanwhile: list[Callable[[], None]] = []  # what others do in the middle of a step
         self.past_the_end: dict[Sequence, int] = {}  # steps with a request that had ended
 
     def name(self, parent: int, token_id: int) -> int:
@@ -96,6 +104,8 @@ class PlainModel:
                 self.slots[self.slot(seq, at)] = names[at]
             if EOS in token_ids[seq.num_prompt_tokens :] and not seq.params.ignore_eos:
                 self.past_the_end[seq] = self.past_the_end.get(seq, 0) + 1
+        while self.meanwhile:
+            self.meanwhile.pop()()
         for seq, names in zip(seqs, texts):
             found = [self.slots.get(self.slot(seq, at)) for at in range(len(names))]
             assert found == names, "it reads another text"
@@ -121,19 +131,24 @@ def make_engine(random: Random) -> LLM:
     num_blocks = max(random.choice((*range(1, 13), 100, 200)), -(-2 // size))
     llm.scheduler = Scheduler(llm.config, num_blocks, (EOS,))
     llm.model_runner = PlainModel(size, random.randrange(10**6))
+    llm.requests, llm.turns, llm.tokenizer = {}, Turns(llm.fail_all), None
     return llm
 
 
 class Round:
     """One engine, and what its requests must get."""
 
-    totals = dict.fromkeys(("operations", "hits", "preemptions", "overruns", "failures"), 0)
+    totals = dict.fromkeys(
+        ("operations", "hits", "preemptions", "overruns", "failures", "meanwhile", "pieces"), 0
+    )
 
     def __init__(self, number: int):
         self.random = Random(number)
         self.llm = make_engine(self.random)
         self.scheduler, self.model = self.llm.scheduler, self.llm.model_runner
         self.seqs: list[Sequence] = []
+        self.streams: dict[Sequence, Iterator] = {}
+        self.heard: dict[Sequence, list[int]] = {}  # by the readers of streams
         self.answers: dict[Sequence, list[int]] = {}
 
     def add(self) -> None:
@@ -153,7 +168,36 @@ class Round:
         seq = Sequence(len(self.seqs), prompt, params, seed=0)
         self.answers[seq] = self.model.answer(prompt, params)
         self.seqs.append(seq)
-        self.llm.add(seq)
+        if random.random() < 0.3:
+            self.streams[seq] = self.llm.stream_sequence(seq)
+            self.read(seq)
+        else:
+            self.llm.add(seq)
+
+    def read(self, seq: Sequence) -> None:
+        """The next piece of a stream holds the next tokens of the answer."""
+        try:
+            piece = next(self.streams[seq])
+        except Interrupted:
+            self.after_failure()
+        except RuntimeError as error:  # it was lost in another reader's step
+            assert isinstance(error.__cause__, Interrupted)
+        else:
+            self.totals["pieces"] += 1
+            found, answer = self.heard.setdefault(seq, []), self.answers[seq]
+            found += piece["token_ids"]
+            assert found == answer[: len(found)], "another text's token"
+            assert (piece["finish_reason"] is not None) == seq.is_finished
+            if piece["finish_reason"] in ("stop", "length"):
+                assert found == answer
+        if seq.is_finished:
+            self.streams.pop(seq, None)
+
+    def after_failure(self) -> None:
+        """All that was in the engine is gone."""
+        self.totals["failures"] += 1
+        check_done(self.llm)
+        assert all(seq.is_finished for seq in self.seqs)
 
     def step(self) -> None:
         """One step of the engine; each token that comes is the right one."""
@@ -162,9 +206,7 @@ class Round:
         try:
             grown = self.llm.step()
         except Interrupted:
-            self.totals["failures"] += 1
-            check_done(self.llm)
-            assert all(seq.is_finished for seq in self.seqs)
+            self.after_failure()
             return
         self.totals["preemptions"] += self.scheduler.num_preemptions - preemptions
         for seq in self.seqs:
@@ -178,21 +220,45 @@ class Round:
                 assert (seq.is_finished, seq.finish_reason) == (ended, reason)
 
     def disturb(self) -> None:
-        """Cancel a request, forget the cache's contents, lose all, or let a step fail."""
+        """Cancel a request, forget the cache's contents, lose all, or let a step fail.
+
+        Half of it comes in the middle of a step, and takes effect when that has ended.
+        """
+        random, what = self.random, self.random.choice(["abort"] * 6 + ["close"] * 3 + OTHERS)
+        if what == "fail":
+            self.model.fails_in = random.randint(1, 4)
+        elif random.random() < 0.5:
+            self.model.meanwhile.append(lambda: self.change(what, inside=True))
+        else:
+            self.change(what, inside=False)
+
+    def change(self, what: str, inside: bool) -> None:
+        """What a caller can do to the requests."""
         random, scheduler = self.random, self.scheduler
-        what = random.choice(["abort"] * 8 + ["forget"] * 2 + ["reset", "fail"])
-        unfinished = [*scheduler.running, *scheduler.waiting]
-        if what == "abort" and unfinished:
-            seq = random.choice(unfinished)
-            self.llm.abort(seq.seq_id)
-            assert seq.finish_reason == "abort" and seq.num_pending_tokens == 0
+        self.totals["meanwhile"] += inside
+        seqs = [*scheduler.running, *scheduler.waiting]
+        before = [(list(seq.block_table), list(seq.token_ids), seq.status) for seq in seqs]
+        gone = []
+        if what == "abort" and self.llm.requests:
+            gone = [random.choice(list(self.llm.requests.values()))]
+            self.llm.abort(gone[0].seq_id)
+        elif what == "close" and self.streams:
+            gone = [random.choice(list(self.streams))]
+            self.streams.pop(gone[0]).close() if not self.is_read(gone[0]) else gone.clear()
         elif what == "forget":
             self.llm.reset_prefix_cache()
         elif what == "reset":
             self.llm.reset()
-            check_done(self.llm)
-        elif what == "fail":
-            self.model.fails_in = random.randint(1, 4)
+            gone = seqs
+        if inside:
+            after = [(list(seq.block_table), list(seq.token_ids), seq.status) for seq in seqs]
+            assert before == after, "a running step's requests were changed"
+        else:
+            assert all(seq.is_finished and seq.num_pending_tokens == 0 for seq in gone)
+
+    def is_read(self, seq: Sequence) -> bool:
+        """Is this stream being read at the moment? It can't be closed from inside itself."""
+        return getattr(self.streams[seq], "gi_running", False)
 
     def run(self, num_operations: int) -> None:
         """Operations at random; then everything comes to its end, and in time."""
@@ -200,11 +266,14 @@ class Round:
             chance = self.random.random()
             if chance < 0.25 and sum(not seq.is_finished for seq in self.seqs) < 10:
                 self.add()
-            elif chance < 0.3:
+            elif chance < 0.32:
                 self.disturb()
+            elif chance < 0.5 and self.streams:
+                self.read(self.random.choice(list(self.streams)))
             else:
                 self.step()
             check_in_flight(self.llm)
+        self.model.meanwhile.clear()
         left = [seq for seq in self.seqs if not seq.is_finished]
         for _ in range(sum(s.num_prompt_tokens + s.params.max_tokens + 2 for s in left)):
             if not self.scheduler.is_finished():
@@ -237,6 +306,65 @@ def test_random_pipelines(monkeypatch, capsys):
         with capsys.disabled():
             print("\n" + ", ".join(f"{value:,} {name}" for name, value in Round.totals.items()))
     assert min(Round.totals.values()) > 10, Round.totals
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_random_calls_from_several_threads(number):
+    """Each thread gets the answers to its own requests, whatever the others do meanwhile."""
+    random = Random(1000 + number)
+    llm = make_engine(random)
+    model, capacity = llm.model_runner, llm.scheduler.num_blocks * llm.config.kvcache_block_size
+    model.meanwhile = Pauses()
+    errors, ids, work = [], itertools.count(), []
+    for _ in range(6 * 25):
+        prompt = [random.randrange(2) for _ in range(random.randint(1, 6))][: capacity - 1]
+        params = SamplingParams(max_tokens=min(random.choice((1, 3, 9)), capacity - len(prompt)))
+        answer = model.answer(prompt, params)  # in this thread, for it gives names to texts
+        work.append((prompt, params, answer, random.choice(("read", "step", "close", "abort"))))
+
+    def call(share) -> None:
+        try:
+            for prompt, params, answer, how in share:
+                seq = Sequence(next(ids), list(prompt), params, seed=0)
+                if how in ("read", "close"):
+                    found, pieces = [], llm.stream_sequence(seq)
+                    for piece in itertools.islice(pieces, 2 if how == "close" else None):
+                        found += piece["token_ids"]
+                    pieces.close()
+                    assert found == answer if how == "read" else found == answer[: len(found)]
+                    continue
+                llm.add(seq)
+                while how == "step" and not seq.is_finished:
+                    llm.step()
+                llm.drop([seq])
+                llm.reset_prefix_cache() if how == "abort" else None
+                assert how != "step" or seq.completion_token_ids == answer
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        shares = [threading.Thread(target=call, args=[work[i::6]], daemon=True) for i in range(6)]
+        for thread in shares:
+            thread.start()
+        for thread in shares:
+            thread.join(120)
+            assert not thread.is_alive(), "a thread waits for ever"
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+    while not llm.scheduler.is_finished():  # requests that were dropped between two steps
+        llm.step()
+    check_done(llm)
+
+
+class Pauses(list):
+    """In place of what others do in a step: time for them to do it."""
+
+    def __bool__(self) -> bool:
+        time.sleep(1e-5)
+        return False
 
 
 def test_the_plain_model_sees_a_wrong_slot():
