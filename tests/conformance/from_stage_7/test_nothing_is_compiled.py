@@ -16,7 +16,10 @@ from replaying import record
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import decode_attention, norm_rope_store
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="on a GPU test_gpu.py counts")
+pytestmark = [
+    pytest.mark.skipif(ON_GPU, reason="on a GPU test_gpu.py counts"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 VOCAB = 320
 
 

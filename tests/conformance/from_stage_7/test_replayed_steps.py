@@ -20,7 +20,11 @@ from nanovllm.engine.model_runner import ModelRunner, Result
 from nanovllm.engine.step_inputs import Shape
 from nanovllm.kernels.jit import interpreted
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="test_gpu.py replays the graphs of a GPU")
+pytestmark = [
+    pytest.mark.skipif(ON_GPU, reason="test_gpu.py replays the graphs of a GPU"),
+    # Of the interpreter, which lets numpy say what a GPU keeps to itself.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 SIZE = 16  # tokens in a block
 TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
 PROMPTS = random_prompts((3, 9, 1, 2, 5), TINY["vocab_size"], seed=90)
@@ -140,6 +144,7 @@ class Event:
     sampled: torch.Tensor
     arrives: torch.Tensor
 
+    @torch.inference_mode()
     def synchronize(self) -> None:
         self.sampled.copy_(self.arrives)
 
