@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import random_prompts, save_random
 from device import ON_GPU
-from memory import check_empty
+from memory import check_empty, make_seq
 from replaying import record, replays
 
 from nanovllm import LLM, SamplingParams
@@ -132,6 +132,19 @@ def test_what_is_padded_does_what_it_did():
         each_has_one = step.num_tokens == step.num_seqs
         allowed = is_larger and (each_has_one or other.num_tokens > other.num_seqs)
         assert step.fits(other) == allowed, (step, other)
+
+
+@pytest.mark.parametrize("victim", range(3))
+def test_a_row_without_its_tokens_leaves_the_others_in_place(folder, victim):
+    """Who is cancelled after a step has listed him has lost the token that was on its way."""
+    runner = LLM(folder, device="cpu", dtype="float32", num_kvcache_blocks=4).model_runner
+    seqs = [make_seq(prompt + [-1 - row]) for row, prompt in enumerate(PROMPTS[:3])]
+    for seq in seqs:
+        seq.num_computed_tokens, seq.num_scheduled_tokens = len(seq) - 1, 1
+    del seqs[victim].token_ids[-1]
+    runner.fill_inputs(seqs, Shape(4, 4))
+    expected = [0 if row == victim else -1 - row for row in range(3)] + [0]
+    assert runner.inputs(Shape(4, 4))["input_ids"].tolist() == expected
 
 
 # ---- What is on its way ----
