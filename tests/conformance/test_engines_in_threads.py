@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from threading import Barrier, Thread
+from threading import Barrier, Event, Thread
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_engines_of_two_types_are_built_at_once(monkeypatch, random_folder):
         return built
 
     monkeypatch.setattr(model_runner, "Qwen3ForCausalLM", slow)
-    kinds = ("float16", "float32")
+    kinds = ("float16", "bfloat16")
     engines = side_by_side(
         *(lambda kind=kind: build(random_folder, dtype=kind, **PLAIN) for kind in kinds)
     )
@@ -128,22 +128,26 @@ def test_each_thread_has_its_own_batch():
 
 
 def test_steps_that_overlap_leave_torchs_attention_as_it_was():
-    """The second begins, or would begin, while the first runs; it ends last."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    barrier = Barrier(2)
+    """The second begins, or would begin, while the first runs, and ends after it."""
+    before, device = torch.backends.cuda.cudnn_sdp_enabled(), torch.device("cuda")
+    first_runs, second_runs, first_ended = Event(), Event(), Event()
 
-    def meet() -> None:
-        try:
-            barrier.wait(0.5)
-        except Exception:  # the other one waits for its turn: it does not come
-            pass
+    def first() -> bool:
+        with without_cudnn(device):
+            first_runs.set()
+            second_runs.wait(0.5)  # in vain, if it has to wait for its turn
+            found = torch.backends.cuda.cudnn_sdp_enabled()
+        first_ended.set()
+        return found
 
-    def step() -> bool:
-        with without_cudnn(torch.device("cuda")):
-            meet()
+    def second() -> bool:
+        first_runs.wait(WAIT)
+        with without_cudnn(device):
+            second_runs.set()
+            first_ended.wait(WAIT)
             return torch.backends.cuda.cudnn_sdp_enabled()
 
-    assert side_by_side(step, step) == [False, False]
+    assert side_by_side(first, second) == [False, False]
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
     with without_cudnn(torch.device("cpu")):
         assert torch.backends.cuda.cudnn_sdp_enabled() == before
