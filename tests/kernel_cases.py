@@ -23,13 +23,13 @@ if not ON_GPU:
         raise RuntimeError("triton was imported before TRITON_INTERPRET=1 was set: see conftest.py")
     os.environ["TRITON_INTERPRET"] = "1"
 
-from nanovllm.kernels import decode_attention, jit  # noqa: E402 - imports triton
+from nanovllm.kernels import jit  # noqa: E402 - imports triton
 from nanovllm.kernels.decode_attention import paged_decode_attention  # noqa: E402
 from nanovllm.kernels.prefill_attention import paged_prefill_attention  # noqa: E402
 from nanovllm.kernels.sample import sample  # noqa: E402
 from nanovllm.layers.attention import paged_attention  # noqa: E402
 from nanovllm.layers.sampler import SamplingTensors, exponential_noise, sample_torch  # noqa: E402
-from nanovllm.utils.context import Context  # noqa: E402
+from nanovllm.utils.context import NUM_COUNTERS, Context  # noqa: E402
 
 DEV = torch.device("cuda" if ON_GPU else "cpu")
 # The interpreter computes in numpy, which knows no bfloat16.
@@ -190,11 +190,11 @@ class PagedBatch:
         self.spans, self.scale = spans, head_dim**-0.5
         self.lens = [num_tokens for _, num_tokens in spans]
         needed = [-(-num_tokens // block_size) for num_tokens in self.lens]
-        # Block 0 belongs to nobody: tables are padded with it.
+        # Block 0 belongs to nobody.
         order = (torch.randperm(sum(needed) + 3) + 1).tolist()
         shape = (len(order) + 1, block_size, num_kv_heads, head_dim)
         self.k_cache, self.v_cache = surrounded(shape, dtype), surrounded(shape, dtype)
-        tables = torch.zeros(len(spans), max(needed) + 5, dtype=table_dtype)
+        tables = torch.full((len(spans), max(needed) + 5), -1, dtype=table_dtype)
         for i, (length, num_blocks) in enumerate(zip(self.lens, needed)):
             table, order = order[:num_blocks], order[num_blocks:]
             tables[i, :num_blocks] = torch.tensor(table, dtype=table_dtype)
@@ -236,11 +236,11 @@ class PagedBatch:
 
 def decode(batch: PagedBatch, num_splits: int | None = None, order: Tensor | None = None) -> Tensor:
     """The kernel's answer; it leaves its counters zero, for the next call."""
-    decode_attention._counters.clear()
     inputs = batch.q, batch.k_cache, batch.v_cache, batch.tables, batch.on_device(batch.lens)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=DEV)
     with kernels():
-        found = paged_decode_attention(*inputs, batch.scale, None, num_splits, order)
-    assert not any(counters.any() for counters in decode_attention._counters.values())
+        found = paged_decode_attention(*inputs, batch.scale, None, num_splits, order, counters)
+    assert not counters.any()
     return found
 
 

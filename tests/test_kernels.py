@@ -300,9 +300,37 @@ def test_each_kernel_writes_its_own_rows_alone():
             paged_decode_attention(*inputs, batch.tables[:2], lens, batch.scale, out, splits)
             assert out[:2].isfinite().all() and out[2:].isnan().all()
         out = torch.empty_like(batch.q)
-        tables = batch.tables[2:]
-        paged_prefill_attention(*inputs, tables, lens[2:], starts[2:], 70, batch.scale, out)
+        paged_prefill_attention(*inputs, batch.tables, lens, starts, 70, batch.scale, out, 2)
         assert out[:2].isnan().all() and out[2:].isfinite().all()
+
+
+@each_dtype
+@pytest.mark.parametrize("attend", [decode, prefill])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_a_row_without_blocks_follows_no_address(block_size, attend, dtype):
+    """It has lost its table, and not its length: before the cache lies poison, block 0 is zeros."""
+    spans = [(1, 70)] * 3 if attend is decode else [(9, 70), (80, 80), (1, 70)]
+    batch = PagedBatch(spans, block_size, 4, 2, 64, dtype)
+    expected = batch.expected(3 if attend is decode else 0)
+    batch.k_cache[0], batch.v_cache[0] = 0, 0
+    batch.tables[1] = -1
+    first, stop = batch.starts[1:3]
+    found = attend(batch).cpu()
+    assert found[first:stop].eq(0).all()
+    found[first:stop] = expected[first:stop].to(dtype)
+    check(found, expected, factor=2)
+
+
+@pytest.mark.parametrize("num_counters", [0, 3, 4])
+def test_a_batch_that_asks_for_more_counters_gets_its_own(num_counters):
+    """Two sequences with two key heads, in parts; what is handed over is left zero."""
+    batch = PagedBatch([(1, 70), (1, 90)], 16, 4, 2, 64, torch.float32)
+    counters = torch.zeros(num_counters, dtype=torch.int32, device=DEV)
+    inputs = batch.q, batch.k_cache, batch.v_cache, batch.tables, batch.on_device(batch.lens)
+    with kernels():
+        found = paged_decode_attention(*inputs, batch.scale, None, 3, counters=counters)
+    check(found, batch.expected(2), factor=2)
+    assert not counters.any()
 
 
 # Caches in which 32 bits do not count the elements

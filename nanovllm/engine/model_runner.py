@@ -1,40 +1,26 @@
 """Runs the model: sequences in, one new token for each out."""
 
 import itertools
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_inputs import InputLayout, Inputs, Shape
+from nanovllm.engine.step_inputs import InputLayout, Inputs, Shape, scheduled_tokens, slot_mapping
 from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.layers.attention import Attention, choose_backend
 from nanovllm.layers.sampler import ROWS, Sampler, SamplingTensors, is_filtered, sample_torch
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.context import Context, set_context
+from nanovllm.utils.context import NUM_COUNTERS, Context, set_context
 from nanovllm.utils.loader import fill_with_noise, load_model
-
-# Without cuDNN's: it plans anew for every shape that it has not met, which takes longer than the
-# step, and a text that grows brings a new shape with every token.
-SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype):
-    """Create parameters in `dtype`; the previous default comes back afterwards."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)
+from nanovllm.utils.torch_settings import DefaultDtype, without_cudnn
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -76,7 +62,22 @@ HOTTEST = np.finfo(np.float32).max  # a higher temperature would be infinite on 
 MAX_PREFILL_SEQS = 8  # in a step with a prompt that is recorded
 PREFILL_SIZES = (64, 128, 256, 512, 1024, 2048)  # its tokens
 
+
+def capture(
+    step: Callable[[], torch.Tensor], pool: tuple[int, int] | None
+) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """Record what a step launches; returns the graph and what the step returned.
+
+    Other threads may go on using the GPU meanwhile.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        hidden = step()
+    return graph, hidden
+
+
 CUDA_BYTES = 2**30  # what CUDA itself holds for a process: context, kernels, graphs; about
+FILTERED = SamplingParams(top_k=1, top_p=0.5)  # which takes the most memory
 
 
 class ModelRunner:
@@ -90,7 +91,7 @@ class ModelRunner:
         self.max_num_tokens = config.max_num_batched_tokens
         self.max_num_seqs = min(config.max_num_seqs, self.max_num_tokens)
         self.reserved_at_start = self.reserved_memory()
-        with self.device, default_dtype(config.torch_dtype):
+        with self.device, DefaultDtype(config.torch_dtype):
             self.model = Qwen3ForCausalLM(model_config, num_positions=max_model_len)
         self.model.requires_grad_(False).eval()
         if config.load_format == "dummy":
@@ -106,7 +107,8 @@ class ModelRunner:
             self.warmup_model()
             self.measure_graphs(self.graph_shapes(config))
         self.allocate_kv_cache(config)
-        self.capture_cudagraph(self.graph_shapes(config))
+        if self.on_gpu:
+            self.capture_cudagraph(self.graph_shapes(config))
 
     @torch.inference_mode()
     def run(self, seqs: list[Sequence]) -> Result:
@@ -142,7 +144,7 @@ class ModelRunner:
     def forward(self, inputs: Inputs, context: Context) -> torch.Tensor:
         """The hidden state of each sequence's last token, [num_seqs, hidden_size]."""
         input_ids = resolve_tokens(inputs["input_ids"], self.sampled)
-        with set_context(context), sdpa_kernel(SDPA_BACKENDS):
+        with set_context(context), without_cudnn(self.device):
             hidden = self.model(input_ids, inputs["positions"])
         if context.num_decodes < len(context.block_tables):
             hidden = hidden[inputs["last"]]  # of each prompt
@@ -213,26 +215,37 @@ class ModelRunner:
         num_bytes = InputLayout(largest, self.max_blocks).num_bytes
         self.input_buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         self.sampled = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=self.device)
 
     def warmup_model(self) -> None:
-        """Run the largest steps, which compiles the kernels, and note the memory that they take.
-
-        Nothing is stored, and all that is read lies in block 0.
-        """
-        longest, num_tokens = self.max_model_len, self.max_num_tokens
-        chunks = [longest] * (num_tokens // longest) + [num_tokens % longest]
-        prompts = [self.blank(n, n) for n in chunks if n > 0][: self.max_num_seqs]
-        decodes = [self.blank(longest, 1) for _ in range(self.max_num_seqs)]
+        """Compile the kernels, and note the memory that the largest steps take."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_reserved(self.device)
-        for seqs in (prompts, decodes):
+        for seqs in self.warmup_steps():
             self.run(seqs).token_ids()
         self.step_bytes = torch.cuda.max_memory_reserved(self.device) - before
 
-    def blank(self, length: int, num_tokens: int) -> Sequence:
+    def warmup_steps(self) -> Iterator[list[Sequence]]:
+        """Steps after which every kernel has been compiled in each variant that may be needed.
+
+        The largest are the most tokens, and the most sequences at full length. How attention and
+        the small linear layers are compiled depends on the number of rows, and no variant lies
+        between two powers of two. Nothing is stored, and all that is read lies in block 0.
+        """
+        longest, most = self.max_model_len, self.max_num_seqs
+        whole, rest = divmod(self.max_num_tokens, longest)
+        lengths = ([longest] * whole + [rest] * (rest > 0))[:most]
+        yield [self.blank(n, n) for n in sorted(lengths)]  # a single token comes first
+        yield [self.blank(longest, 1)] * most
+        plain = self.blank(1, 1, SamplingParams())
+        for rows in (*(1 << i for i in range((most - 1).bit_length())), most):
+            yield [plain] * rows
+        yield [plain, self.blank(1, 1)][:most]  # a filter for some
+
+    def blank(self, length: int, num_tokens: int, params: SamplingParams = FILTERED) -> Sequence:
         """A sequence to warm up with, which brings its last `num_tokens`."""
-        seq = Sequence(-1, [0] * length, SamplingParams(top_k=1), seed=0)
+        seq = Sequence(-1, [0] * length, params, seed=0)
         seq.block_table = [0] * -(-length // self.block_size)
         seq.num_cached_tokens = length  # as if it were kept already
         seq.num_computed_tokens, seq.num_scheduled_tokens = length - num_tokens, num_tokens
@@ -291,30 +304,22 @@ class ModelRunner:
 
     def fill_inputs(self, seqs: list[Sequence], shape: Shape) -> None:
         """Bring a step's inputs to the device, padded to `shape`, in one copy."""
-        layout, n = InputLayout(shape, self.max_blocks), len(seqs)
+        layout = InputLayout(shape, self.max_blocks)
         host = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=self.on_gpu)
         put = layout.views(host.numpy())
         first = np.array([seq.num_computed_tokens for seq in seqs], dtype=np.int64)
         count = np.array([seq.num_scheduled_tokens for seq in seqs], dtype=np.int64)
-        kept = np.array([seq.num_cached_tokens for seq in seqs], dtype=np.int64)
         stop = count.cumsum()
-        row = np.repeat(np.arange(n), count)  # whose each token is
+        row = np.repeat(np.arange(len(seqs)), count)  # whose each token is
         position = np.arange(len(row)) + (first - stop + count)[row]
-        input_ids: list[int] = []
-        for seq in seqs:
-            start = seq.num_computed_tokens
-            input_ids += seq.token_ids[start : start + seq.num_scheduled_tokens]
         tables = put["block_tables"].reshape(shape.num_seqs, self.max_blocks)
-        tables[:] = 0
+        tables[:] = -1
         for table, seq in zip(tables, seqs, strict=False):
             table[: len(seq.block_table)] = seq.block_table
-        slot = tables[row, position // self.block_size].astype(np.int64) * self.block_size
-        slot += position % self.block_size
-        slot[position < kept[row]] = -1
         columns = {  # values, and what the padding is
-            "input_ids": (input_ids, 0),
+            "input_ids": (scheduled_tokens(seqs), 0),
             "positions": (position, 0),
-            "slot_mapping": (slot, -1),
+            "slot_mapping": (slot_mapping(seqs, tables, row, position, self.block_size), -1),
             "seeds": ([seq.seed for seq in seqs], 0),
             "lengths": ([len(seq) for seq in seqs], 0),
             "last": (stop - 1, 0),
@@ -347,11 +352,12 @@ class ModelRunner:
             lens=inputs["context_lens"],
             starts=inputs["cu_seqlens"],
             order=inputs["order"],
+            counters=self.counters,
         )
 
     def graph_shapes(self, config: Config) -> list[Shape]:
         """The shapes of steps that are recorded, small ones first."""
-        if not self.on_gpu or config.enforce_eager or self.backend == "torch":
+        if config.enforce_eager or self.backend == "torch":
             return []
         rows = -(-self.max_num_seqs // 16) * 16
         sizes = [n for n in (1, 2, 3, 4, 8, *range(16, rows + 1, 16)) if n <= rows]
@@ -368,13 +374,13 @@ class ModelRunner:
 
     def capture_cudagraph(self, shapes: list[Shape]) -> None:
         """Record a step of each shape: model, logits and sampling. All share one pool of memory."""
-        pool = torch.cuda.graph_pool_handle() if shapes else None
+        pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
         with self.current_device():
             graphs = {shape: self.record(shape, pool) for shape in reversed(shapes)}
         self.graphs = {shape: graphs[shape] for shape in shapes}
 
     @torch.inference_mode()
-    def record(self, shape: Shape, pool: tuple[int, int]) -> Graph:
+    def record(self, shape: Shape, pool: tuple[int, int] | None) -> Graph:
         """A step of this shape, all of it padding, run once and then recorded."""
         self.fill_inputs([], shape)
         inputs, num_decodes = self.inputs(shape), shape.num_seqs if shape.is_decode else 0
@@ -387,9 +393,7 @@ class ModelRunner:
             return hidden
 
         step()  # what compiles or allocates on its first run must not do so while recorded
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            hidden = step()
+        graph, hidden = capture(step, pool)
         return Graph(graph, inputs, hidden)
 
     def current_device(self):

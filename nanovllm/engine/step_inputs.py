@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from nanovllm.engine.sequence import Sequence
+
 DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
 ALIGNMENT = 16  # bytes; a kernel is compiled anew for a pointer that is aligned otherwise
 
@@ -46,7 +48,7 @@ class InputLayout:
             "context_lens": (np.int32, seqs),  # 0: a row that is padding
             "cu_seqlens": (np.int32, seqs + 1),
             "order": (np.int32, seqs),  # the decodes, the longest first
-            "block_tables": (np.int32, seqs * max_blocks),
+            "block_tables": (np.int32, seqs * max_blocks),  # -1: no block
         }
         self.offsets, self.num_bytes = {}, 0
         for name, (kind, count) in self.fields.items():
@@ -62,3 +64,32 @@ class InputLayout:
             )
             for name, (kind, count) in self.fields.items()
         }
+
+
+def scheduled_tokens(seqs: list[Sequence]) -> list[int]:
+    """The tokens that the sequences bring, one after another; 0 for one that is gone."""
+    input_ids: list[int] = []
+    for seq in seqs:
+        start, count = seq.num_computed_tokens, seq.num_scheduled_tokens
+        tokens = seq.token_ids[start : start + count]
+        input_ids += tokens
+        input_ids += [0] * (count - len(tokens))  # those behind keep their places
+    return input_ids
+
+
+def slot_mapping(
+    seqs: list[Sequence],
+    tables: np.ndarray,
+    row: np.ndarray,
+    position: np.ndarray,
+    block_size: int,
+) -> np.ndarray:
+    """Each token's slot, [num_tokens] int64; -1 for one that is kept already, or has no block.
+
+    tables: [num_seqs, max_blocks], -1 where there is no block; row, position: [num_tokens], whose
+    each token is, and where in the text.
+    """
+    kept = np.array([seq.num_cached_tokens for seq in seqs], dtype=np.int64)
+    block = tables[row, position // block_size].astype(np.int64)
+    slot = block * block_size + position % block_size
+    return np.where((block < 0) | (position < kept[row]), -1, slot)

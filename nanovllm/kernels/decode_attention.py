@@ -7,7 +7,7 @@ from nanovllm.kernels.jit import num_processors, overlaps, tl, triton, wait_for_
 CHUNK = tl.constexpr(32)  # parts that are joined at a time
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["table_stride", "num_splits"])
 def decode_kernel(
     out, partial, lse, counters, q, k_cache, v_cache, block_tables, context_lens, order, scale,
     table_stride, num_splits,
@@ -42,14 +42,14 @@ def decode_kernel(
     total = tl.zeros([ROWS], tl.float32)
     mean = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     for at in range(start, stop, TILE):
-        there = at + column < stop
+        there = at + column < stop  # a block of -1 is no address: such a row reads what exists
         if BLOCK_SIZE % TILE == 0:  # the tile lies in one block
             block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
-            slot = block * BLOCK_SIZE + at % BLOCK_SIZE + column
+            slot = tl.maximum(block, 0) * BLOCK_SIZE + at % BLOCK_SIZE + column
         else:
             place = at + column
             block = tl.load(table + place // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
-            slot = block * BLOCK_SIZE + place % BLOCK_SIZE
+            slot = tl.maximum(block, 0) * BLOCK_SIZE + place % BLOCK_SIZE
         where = (slot[:, None] * NUM_KV_HEADS + kv_head) * HEAD_DIM + channel[None, :]
         keys = tl.load(k_cache + where, mask=there[:, None], other=0.0)
         values = tl.load(v_cache + where, mask=there[:, None], other=0.0)
@@ -107,7 +107,6 @@ def decode_kernel(
 
 
 LOG2_E = 1.4426950408889634
-_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def paged_decode_attention(
@@ -120,6 +119,7 @@ def paged_decode_attention(
     out: torch.Tensor | None = None,
     num_splits: int | None = None,
     order: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Flash-decoding (Dao et al. 2023) over a paged cache.
 
@@ -128,7 +128,9 @@ def paged_decode_attention(
     [num_seqs, max_blocks]; context_lens: [num_seqs] int32, 0 for a row that is padding (its output
     is 0). head_dim is a power of two. Each context is cut into `num_splits` parts, which run side
     by side. `order`: [num_seqs] int32, in which to begin; the longest first leaves the least wait
-    at the end. It and the lengths are read early: see `wait_for_inputs`.
+    at the end. It and the lengths are read early: see `wait_for_inputs`. `counters`: zeros,
+    [num_seqs * num_kv_heads or more] int32, which the kernel leaves zero; calls that share them
+    must not overlap.
     """
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
@@ -143,8 +145,10 @@ def paged_decode_attention(
     if splits > 1:
         partial = q.new_empty((splits, rows, group, head_dim), dtype=torch.float32)
         lse = q.new_empty((splits, rows, group), dtype=torch.float32)
+        if counters is None or len(counters) < rows:
+            counters = q.new_zeros(rows, dtype=torch.int32)
     decode_kernel[rows, splits](
-        out, partial, lse, counters(rows, q.device) if splits > 1 else context_lens,
+        out, partial, lse, counters if splits > 1 else context_lens,
         q, k_cache, v_cache, block_tables, context_lens, order if is_ordered else context_lens,
         scale * LOG2_E, block_tables.stride(0), splits,
         BLOCK_SIZE=block_size, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim,
@@ -159,14 +163,3 @@ def splits_for(rows: int, device: torch.device) -> int:
     """1 where every multiprocessor has two programs without; else so many that it has four."""
     processors = num_processors(device)
     return 1 if rows >= 2 * processors else min(processors // 2, 4 * processors // rows)
-
-
-def counters(num: int, device: torch.device) -> torch.Tensor:
-    """Zeros that the kernel counts in, [num or more] int32; it leaves them zero.
-
-    They are kept for good, since a recorded step knows their address.
-    """
-    size = max(1 << 10, triton.next_power_of_2(num))
-    if (device, size) not in _counters:
-        _counters[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
-    return _counters[device, size]

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from nanovllm.kernels.jit import overlaps, tl, triton, uses_triton, wait_for_inputs
 from nanovllm.kernels.store_kvcache import store_kvcache
 
+FEW_TOKENS = 512  # up to here a program takes one key head, for there are few programs
+
 
 def norm_rope_store(
     qkv: torch.Tensor,
@@ -33,7 +35,7 @@ def norm_rope_store(
     num_tokens, num_heads = len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads
     q, pdl = qkv.new_empty((num_tokens, num_heads, head_dim)), overlaps(qkv)
     group = num_heads // num_kv_heads
-    many = num_tokens > 512  # then a program takes a whole token, else a token's key head
+    many = num_tokens > FEW_TOKENS  # then a program takes all heads of a token
     heads = num_kv_heads if many else 1
     norm_rope_store_kernel[num_tokens, num_kv_heads // heads](
         q, qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping,

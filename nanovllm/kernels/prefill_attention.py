@@ -5,14 +5,15 @@ import torch
 from nanovllm.kernels.jit import overlaps, tl, triton, wait_for_inputs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "first_seq"])
 def prefill_kernel(
     out, q, k_cache, v_cache, block_tables, context_lens, cu_seqlens, scale, table_stride,
+    first_seq,
     BLOCK_SIZE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence, query head and BLOCK_M of its new tokens; the longest rows first."""
-    head, seq = tl.program_id(0), tl.program_id(2)
+    head, seq = tl.program_id(0), first_seq + tl.program_id(2)
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
     wait_for_inputs(PDL)
     begin = tl.load(cu_seqlens + seq)
@@ -52,15 +53,18 @@ def attend(
     BLOCK_SIZE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys and values into the running maximum, sum and mean of each query row."""
+    """One tile of keys and values into the running maximum, sum and mean of each query row.
+
+    A block of -1 is no address: a row that has lost its blocks reads some that exist.
+    """
     channel, column = tl.arange(0, HEAD_DIM), tl.arange(0, TILE)
     if BLOCK_SIZE % TILE == 0:  # the tile lies in one block
         block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
-        slot = block * BLOCK_SIZE + at % BLOCK_SIZE + column
+        slot = tl.maximum(block, 0) * BLOCK_SIZE + at % BLOCK_SIZE + column
     else:
         place = tl.minimum(at + column, context_len - 1)
         block = tl.load(table + place // BLOCK_SIZE).to(tl.int64)
-        slot = block * BLOCK_SIZE + place % BLOCK_SIZE
+        slot = tl.maximum(block, 0) * BLOCK_SIZE + place % BLOCK_SIZE
     where = (slot[:, None] * NUM_KV_HEADS + kv_head) * HEAD_DIM + channel[None, :]
     if MASKED:
         there = (at + column < context_len)[:, None]
@@ -95,21 +99,24 @@ def paged_prefill_attention(
     max_new: int,
     scale: float,
     out: torch.Tensor | None = None,
+    first_seq: int = 0,
 ) -> torch.Tensor:
     """FlashAttention (Dao et al. 2022) with causal mask over a paged cache.
 
     q: [num_tokens, num_heads, head_dim] -> `out`, the same shape; sequence i owns the tokens
     [cu_seqlens[i], cu_seqlens[i + 1]), the last ones of its context_lens[i]; at most `max_new`.
     k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim]; block_tables: [num_seqs,
-    max_blocks]; context_lens: [num_seqs] int32; cu_seqlens: [num_seqs + 1] int32.
+    max_blocks]; context_lens: [num_seqs] int32; cu_seqlens: [num_seqs + 1] int32. The sequences
+    before `first_seq` are left out. (Slices would do that too, but a kernel is compiled anew for a
+    pointer that is aligned otherwise.)
     """
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
     tile, stages = (32, 1) if q.element_size() == 4 else (64, 2)
     out, pdl = torch.empty_like(q) if out is None else out, overlaps(q)
-    prefill_kernel[num_heads, triton.cdiv(max_new, BLOCK_M), len(block_tables)](
+    prefill_kernel[num_heads, triton.cdiv(max_new, BLOCK_M), len(block_tables) - first_seq](
         out, q, k_cache, v_cache, block_tables, context_lens, cu_seqlens, scale * LOG2_E,
-        block_tables.stride(0),
+        block_tables.stride(0), first_seq,
         BLOCK_SIZE=block_size, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         BLOCK_M=BLOCK_M, TILE=tile, PDL=pdl, launch_pdl=pdl, num_warps=4, num_stages=stages,
     )  # fmt: skip

@@ -150,12 +150,11 @@ def triton_attention(
     out, n, tables = torch.empty_like(q), context.num_decodes, context.block_tables
     lens, starts = context.lens, context.starts
     if n > 0:
-        paged_decode_attention(
-            q, k_cache, v_cache, tables[:n], lens, scale, out, order=context.order
-        )
+        more = dict(order=context.order, counters=context.counters)
+        paged_decode_attention(q, k_cache, v_cache, tables[:n], lens, scale, out, **more)
     if n < len(tables):
         paged_prefill_attention(
-            q, k_cache, v_cache, tables[n:], lens[n:], starts[n:], context.max_new, scale, out
+            q, k_cache, v_cache, tables, lens, starts, context.max_new, scale, out, first_seq=n
         )
     return out
 

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
+import pkgutil
 import re
+import time
 from contextlib import contextmanager
 from functools import cache
 from itertools import zip_longest
@@ -21,8 +24,10 @@ from checkpoints import random_prompts, reference_model
 from in_flight import check_done, check_in_flight
 from memory import block_manager, free_ids, greedy
 
+import nanovllm.kernels
 from nanovllm import LLM, SamplingParams
 from nanovllm.bench import SHAPES
+from nanovllm.engine import model_runner
 
 pytestmark = pytest.mark.gpu
 NUM_REQUESTS = int(os.environ.get("NANOVLLM_REQUESTS", 300))
@@ -189,6 +194,70 @@ def test_a_step_that_is_padded_writes_only_its_own_slots(monkeypatch):
         assert set(shapes) <= set(runner.graphs)
         for seq in seqs:
             llm.abort(seq.seq_id)
+
+
+# ---- Nothing is compiled, and nothing recorded, once the engine is built ----
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path) -> list[str]:
+    """The kernels that Triton compiles from here on, and it has none to begin with."""
+    triton = importlib.import_module("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for info in pkgutil.iter_modules(nanovllm.kernels.__path__):
+        module = importlib.import_module(f"{nanovllm.kernels.__name__}.{info.name}")
+        for kernel in vars(module).values():
+            if isinstance(kernel, triton.runtime.JITFunction):
+                kernel.device_caches.clear()
+    names = []
+    note = lambda *, fn, **_: names.append(fn.name)  # noqa: E731 - None: go on
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    return names
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_no_step_compiles_a_kernel_or_records_a_graph(compiled, monkeypatch, dtype, mode):
+    """Whatever mixes: one token and thousands, decodes by any number, filtered and not."""
+    random, (shared,) = Random(77), random_prompts((40,), 1536, seed=77)
+    options = dict(dtype=dtype, max_num_seqs=100, max_num_batched_tokens=3000, **MODES[mode])
+    with on_gpu(kvcache_block_size=16, num_kvcache_blocks=4000, **options) as llm:
+        assert len(set(compiled)) > 5, "or nothing was counted"
+        compiled.clear()
+        monkeypatch.setattr(model_runner, "capture", None)
+        longest = llm.max_model_len - 41
+        for number in (1, 2, 3, 5, 7, 13, 30, 90, 230):
+            asked = [drawn(1000 * number + i, random, shared) for i in range(number)]
+            for i in range(0, number, 9):
+                length = random.choice((1, 2, 500, longest))
+                (prompt,) = random_prompts((min(length, longest),), 1536, seed=i)
+                asked[i] = prompt, asked[i][1]
+            tokens(llm, *map(list, zip(*asked)))
+        assert compiled == []
+
+
+def test_no_step_takes_long_under_load(compiled, tmp_path):
+    """30 seconds of arrivals, 20 in a second: the kernel cache was empty when they began."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["qwen3-0.6b"]))
+    options = dict(model=str(tmp_path), load_format="dummy", dtype="bfloat16")
+    random, took = Random(78), []
+    with on_gpu(max_num_batched_tokens=4096, **options) as llm:
+        compiled.clear()
+        arrival = start = time.perf_counter()
+        while (now := time.perf_counter()) < start + 30:
+            while arrival < now:
+                arrival += random.expovariate(20)
+                (prompt,) = random_prompts((random.randint(1, 1000),), 150_000, seed=arrival)
+                style = random.choice((dict(), dict(temperature=0), dict(top_p=0.9, top_k=50)))
+                params = SamplingParams(**style, max_tokens=random.randint(1, 200), ignore_eos=True)
+                llm.add_request(prompt, params)
+            begin = time.perf_counter()
+            if llm.step():
+                took.append(time.perf_counter() - begin)
+        while not llm.is_finished():
+            llm.step()
+    assert len(took) > 1000 and compiled == []
+    assert max(took) < 0.060, sorted(took)[-5:]
 
 
 # ---- Memory ----

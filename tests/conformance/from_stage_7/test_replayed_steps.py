@@ -1,0 +1,177 @@
+"""Recorded steps, without a GPU: a stand-in replays by running the step again on padded inputs.
+
+The kernels run in Triton's interpreter, which is slow: a small model, few requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+import torch
+from checkpoints import random_prompts, save_random
+from device import ON_GPU
+from memory import check_empty, make_seq
+from replaying import record, replays
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.model_runner import ModelRunner, Result
+from nanovllm.engine.step_inputs import Shape
+from nanovllm.kernels.jit import interpreted
+
+pytestmark = [
+    pytest.mark.skipif(ON_GPU, reason="test_gpu.py replays the graphs of a GPU"),
+    # Of the interpreter, which lets numpy say what a GPU keeps to itself.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+SIZE = 16  # tokens in a block
+TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+PROMPTS = random_prompts((3, 9, 1, 2, 5), TINY["vocab_size"], seed=90)
+STYLES = (
+    dict(temperature=0),
+    dict(temperature=1.0, seed=1),
+    dict(temperature=2.0, seed=2, top_k=1),
+    dict(temperature=1.5, seed=3, top_p=0.5),
+    dict(temperature=0.7, seed=4),
+)
+PARAMS = [
+    SamplingParams(**style, max_tokens=n, ignore_eos=True)
+    for style, n in zip(STYLES, (5, 4, 4, 3, 2), strict=True)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One layer, one key head for two query heads."""
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    return save_random(tmp_path_factory.mktemp("replayed"), TINY | heads)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["pipelined", "one by one"])
+def llm(request, folder):
+    """An engine on the CPU whose steps are recorded."""
+    options = dict(max_num_seqs=8, num_kvcache_blocks=12, kvcache_block_size=SIZE)
+    options |= dict(attention_backend="triton", async_scheduling=request.param)
+    with interpreted():
+        llm = LLM(folder, device="cpu", dtype="float32", **options)
+        record(llm, sizes=(12, 24), most=8)
+        yield llm
+
+
+def tokens(llm: LLM, prompts, params) -> list[list[int]]:
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    check_empty(llm)
+    return [out["token_ids"] for out in outputs]
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> list[list[int]]:
+    """The tokens of steps that are launched one by one, with torch's attention."""
+    return tokens(LLM(folder, device="cpu", dtype="float32"), PROMPTS, PARAMS)
+
+
+def test_replays_give_the_tokens_of_steps_that_are_not_recorded(llm, expected):
+    """Prompts, then fewer and fewer decodes, which are padded; filtered and not."""
+    assert tokens(llm, PROMPTS, PARAMS) == expected
+    assert replays(llm) == {(24, 8): 1, (8, 8): 1, (4, 4): 1, (3, 3): 1, (1, 1): 1}
+
+
+def test_a_short_prompt_is_not_taken_for_decodes(llm, expected):
+    """Its three tokens would fit into a recorded step of three sequences."""
+    assert tokens(llm, PROMPTS[:1], PARAMS[0]) == expected[:1]
+    assert replays(llm) == {(12, 8): 1, (1, 1): 4}
+
+
+def test_a_filter_holds_after_a_replay(llm):
+    """The likeliest token alone is left, however hot; beside it somebody asks for nothing."""
+    style = dict(max_tokens=3, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, **style)
+    first = tokens(llm, PROMPTS[2:], greedy)
+    free = SamplingParams(temperature=9.0, seed=5, **style)
+    assert tokens(llm, PROMPTS[2:], free) != first, "a bad fixture: nothing to filter"
+    top = SamplingParams(temperature=9.0, seed=5, top_k=1, **style)
+    replays(llm)
+    assert tokens(llm, PROMPTS[2:], [top, greedy, top]) == first
+    assert sum(replays(llm).values()) == 3
+
+
+def slots(seq) -> set[int]:
+    """Where a step puts what this sequence brings."""
+    first = seq.num_computed_tokens
+    places = range(first, first + seq.num_scheduled_tokens)
+    return {seq.block_table[at // SIZE] * SIZE + at % SIZE for at in places}
+
+
+def test_a_padded_replay_writes_only_its_own_slots(llm, monkeypatch):
+    """Five prompts, then fewer and fewer decodes: bit for bit the rest of the cache stays."""
+    cache, run = llm.model_runner.kv_cache, llm.model_runner.run
+    cache.normal_(generator=torch.Generator().manual_seed(0))
+
+    def watched(seqs):
+        before, own = cache.clone(), set().union(*map(slots, seqs))
+        result = run(seqs)
+        changed = (cache != before).flatten(2, 3)  # [2, layers, slots, heads, dim]
+        for part in changed.flatten(0, 1):
+            assert set(part.flatten(1).any(1).nonzero().flatten().tolist()) == own
+        return result
+
+    llm.scheduler.block_manager.reset_prefix_cache()  # or it would find what is no longer there
+    monkeypatch.setattr(llm.model_runner, "run", watched)
+    replays(llm)
+    tokens(llm, PROMPTS, PARAMS)
+    assert replays(llm) == {(24, 8): 1, (8, 8): 1, (4, 4): 1, (3, 3): 1, (1, 1): 1}
+
+
+def test_what_is_padded_does_what_it_did():
+    """It gets more rows and tokens, and one token a row where, and only where, it has that."""
+    for step, other in product(map(Shape._make, product(range(1, 9), repeat=2)), repeat=2):
+        if step.num_tokens < step.num_seqs or other.num_tokens < other.num_seqs:
+            continue  # each row has a token
+        is_larger = other.num_tokens >= step.num_tokens and other.num_seqs >= step.num_seqs
+        each_has_one = step.num_tokens == step.num_seqs
+        allowed = is_larger and (each_has_one or other.num_tokens > other.num_seqs)
+        assert step.fits(other) == allowed, (step, other)
+
+
+@pytest.mark.parametrize("victim", range(3))
+def test_a_row_without_its_tokens_leaves_the_others_in_place(folder, victim):
+    """Who is cancelled after a step has listed him has lost the token that was on its way."""
+    runner = LLM(folder, device="cpu", dtype="float32", num_kvcache_blocks=4).model_runner
+    seqs = [make_seq(prompt + [-1 - row]) for row, prompt in enumerate(PROMPTS[:3])]
+    for seq in seqs:
+        seq.num_computed_tokens, seq.num_scheduled_tokens = len(seq) - 1, 1
+    del seqs[victim].token_ids[-1]
+    runner.fill_inputs(seqs, Shape(4, 4))
+    expected = [0 if row == victim else -1 - row for row in range(3)] + [0]
+    assert runner.inputs(Shape(4, 4))["input_ids"].tolist() == expected
+
+
+# ---- What is on its way ----
+
+
+@dataclass
+class Event:
+    """A copy that arrives when somebody waits for it."""
+
+    sampled: torch.Tensor
+    arrives: torch.Tensor
+
+    @torch.inference_mode()
+    def synchronize(self) -> None:
+        self.sampled.copy_(self.arrives)
+
+
+def late(self: ModelRunner, num_seqs: int) -> Result:
+    """In the place of `read_sampled`."""
+    arrives = self.sampled[:num_seqs].clone()
+    sampled = torch.full_like(arrives, -1)
+    return Result(sampled, Event(sampled, arrives))
+
+
+def test_tokens_are_read_when_they_are_there(monkeypatch, folder, expected):
+    """Where the copy is late, the host waits for it, once a step and no earlier."""
+    monkeypatch.setattr(ModelRunner, "read_sampled", late)
+    for is_pipelined in (True, False):
+        llm = LLM(folder, device="cpu", dtype="float32", async_scheduling=is_pipelined)
+        assert tokens(llm, PROMPTS, PARAMS) == expected
