@@ -7,7 +7,6 @@ import torch
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from nanovllm.engine.model_runner import default_dtype
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 
 HEAD_DIM, THETA, MAX_POSITION, NUM_POSITIONS = 64, 1e6, 40960, 131072
@@ -24,9 +23,12 @@ TOLERANCE = 1.2 / 128
 
 
 def table(scaling: dict, dtype: torch.dtype) -> torch.Tensor:
-    """The table made while parameters are made in `dtype`, [num_positions, 2, head_dim / 2]."""
-    with default_dtype(dtype):
+    """The table made while torch makes parameters in `dtype`, [num_positions, 2, head_dim / 2]."""
+    torch.set_default_dtype(dtype)  # a caller may have set it, for parameters of its own
+    try:
         rotary = RotaryEmbedding(HEAD_DIM, THETA, MAX_POSITION, scaling, NUM_POSITIONS)
+    finally:
+        torch.set_default_dtype(torch.float32)
     return rotary.cos_sin.squeeze(2)
 
 
