@@ -175,7 +175,7 @@ def test_an_edit_in_chapter_2_changes_what_the_engine_does():
     last = max(i for i, c in enumerate(cells) if c.source.startswith("#| export"))
     edited = [c.source for c in cells[: last + 1]]
     at = next(i for i, s in enumerate(edited) if "def postprocess" in s)
-    assert "seq.append_token(token_id)" in edited[at]
+    assert "seq.receive(token_id, " in edited[at]
     notebook = Kernel(ROOT / "chapters")
     generate = (
         "from nanovllm import LLM, SamplingParams\n"
@@ -192,7 +192,7 @@ def test_an_edit_in_chapter_2_changes_what_the_engine_does():
             place[i] = len(notebook.notebook.cells) - 1
         notebook.run("tangle.checkpoint()")
         assert notebook.run(generate) != "[7, 7, 7, 7, 7]\n"
-        changed = edited[at].replace("append_token(token_id)", "append_token(7)")
+        changed = edited[at].replace("receive(token_id, ", "receive(7, ")
         notebook.run(changed, at=place[at])
         notebook.run("tangle.checkpoint()")
         assert notebook.run(generate) == "[7, 7, 7, 7, 7]\n"

@@ -167,6 +167,8 @@ class LLMEngine:
             return prompt.tolist()
         if not isinstance(prompt, list | tuple):
             raise ValueError(f"a prompt is text or a list of token ids, got {prompt!r}")
+        if set(map(type, prompt)) <= {int}:  # as nearly always, and then it costs next to nothing
+            return list(prompt)
         return [as_python(token_id) for token_id in prompt]
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
