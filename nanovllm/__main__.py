@@ -12,6 +12,7 @@ from typing import get_args
 
 from nanovllm.config import Config
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.chat import check_chat_template
 from nanovllm.utils.errors import one_line
 from nanovllm.utils.options import types_of
 
@@ -111,7 +112,7 @@ def chat(args: argparse.Namespace) -> None:
 
     params = SamplingParams(**take(args, SamplingParams) | {"seed": None})
     llm = LLM(**take(args, Config))
-    llm.check_chat_template()
+    check_chat_template(llm.tokenizer)
     if hasattr(sys.stdin, "reconfigure"):  # a line of bytes that are no text is refused, alone
         sys.stdin.reconfigure(errors="surrogateescape")
     messages: list[dict[str, str]] = []
@@ -125,7 +126,7 @@ def chat(args: argparse.Namespace) -> None:
             return
         messages.append({"role": "user", "content": line})
         # The oldest exchange goes first once the conversation outgrows the model.
-        room = llm.longest_sequence() - (params.max_tokens or 1)
+        room = llm.limits.longest_sequence() - (params.max_tokens or 1)
         try:
             while len(llm.apply_chat_template(messages)) > room and len(messages) > 2:
                 del messages[:2]
