@@ -38,26 +38,38 @@ INIT = {f"{PACKAGE}/__init__.py": ""}  # without one, an installed package would
 # ---- Chapters and stages ----
 
 
+def number(notebook: Path | str) -> int:
+    """A chapter's number, from its file's name; 0 is an appendix that comes before chapter 1."""
+    return int(Path(notebook).name[:2])
+
+
+def last(directory: Path = HERE) -> int:
+    """The number of the last chapter; 0 where there is none."""
+    return max(map(number, chapters(directory)), default=0)
+
+
 def chapters(directory: Path = HERE) -> list[Path]:
-    """The chapters' notebooks, in order."""
+    """The chapters' notebooks, in order, an appendix 00 first."""
     paths = sorted(Path(directory).glob("[0-9][0-9]_*.ipynb"))
     for above, below in zip(paths, paths[1:]):
-        if above.name[:2] == below.name[:2]:
+        if number(above) == number(below):
             raise TangleError(f"{above.name} and {below.name} have the same number")
     return paths
 
 
 def code(k: int | None = None, directory: Path = HERE) -> list[Cell]:
-    """The code cells of the first k chapters, or of all."""
+    """The code cells of the chapters up to number k, or of all."""
     found = []
-    for path in chapters(directory)[:k]:
+    for path in chapters(directory):
+        if k is not None and number(path) > k:
+            break
         try:
             cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         except (ValueError, KeyError) as error:
             raise TangleError(f"{path.name} is not a notebook: {error}") from None
-        for number, cell in enumerate(cells, start=1):
+        for position, cell in enumerate(cells, start=1):
             if cell["cell_type"] == "code":
-                found.append(Cell("".join(cell["source"]), path.name, number))
+                found.append(Cell("".join(cell["source"]), path.name, position))
     return found
 
 
@@ -144,7 +156,7 @@ def start(chapter: int) -> None:
     write_stage(chapter - 1, scratch)
     _renew()
     device = torch.cuda.get_device_name() if gpu else f"cpu, threads: {torch.get_num_threads()}"
-    print(f"package: as chapter {chapter - 1} leaves it" if chapter > 1 else "package: empty yet")
+    print(f"package: as chapter {chapter - 1} leaves it" if before else "package: empty yet")
     print(f"device:  {device}")
     print(f"python {platform.python_version()}, torch {torch.__version__}", end="")
     print(f", triton {version('triton')}" if sys.platform == "linux" else "")
@@ -263,10 +275,12 @@ def check() -> str:
 
 def impact(k: int) -> str:
     """For each later stage, how many names of chapter k stand in it, and what became of others."""
-    names, report = [path.name for path in chapters()], ""
-    own, mine = names[k - 1], package(k).names()
-    mine = sorted(key for key, unit in mine.items() if unit.chapter == own)
-    for later in range(k + 1, len(names) + 1):
+    own = {number(path): path.name for path in chapters()}[k]
+    mine, report = (
+        sorted(key for key, unit in package(k).names().items() if unit.chapter == own),
+        "",
+    )
+    for later in range(k + 1, last() + 1):
         there, told, stand = package(later).names(), [], 0
         for path, name in mine:
             unit = there.get((path, name))
@@ -274,7 +288,7 @@ def impact(k: int) -> str:
             if unit is None:
                 told.append(f"{path}::{name} (deleted)")
             elif unit.chapter != own:
-                told.append(f"{path}::{name} (chapter {int(unit.chapter[:2])})")
+                told.append(f"{path}::{name} (chapter {number(unit.chapter)})")
             elif any(member.chapter != own for member in unit.members):
                 told.append(f"{path}::{name} (reopened)")
         report += f"stage {later}: {stand} names of chapter {k} stand in it"
@@ -293,8 +307,8 @@ def main() -> int:
 
 def run() -> int:
     """Do what the command line says; returns the exit status."""
-    last = len(chapters())
-    k = {"type": int, "metavar": "K", "choices": range(1, last + 1)}
+    numbers = [number(path) for path in chapters()]
+    k = {"type": int, "metavar": "K", "choices": numbers}
     parser = argparse.ArgumentParser(description="Write nanovllm/ out of the chapters.")
     parser.add_argument("--check", action="store_true", help="compare only; exit 1 on a difference")
     parser.add_argument("--upto", **k, help="write the package as of chapter K")
@@ -302,13 +316,13 @@ def run() -> int:
     parser.add_argument("--impact", **k, help="which later stages chapter K reaches")
     parser.add_argument("--count", action="store_true", help="how often each name is defined")
     args = parser.parse_args()
-    if bool(args.upto) != bool(args.out):
+    if (args.upto is None) != (args.out is None):
         parser.error("--upto and --out go together")
-    if not last:  # writing would remove the whole package
+    if not numbers:  # writing would remove the whole package
         parser.error(f"there are no chapters in {HERE.name}/")
-    if args.upto:
+    if args.upto is not None:
         write_stage(args.upto, args.out)
-    elif args.impact:
+    elif args.impact is not None:
         print(impact(args.impact), end="")
     elif args.count:
         most = package().count.most_common(20)

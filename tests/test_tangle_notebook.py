@@ -73,6 +73,19 @@ def test_edited_cell_changes_the_package_without_a_restart(kernel):
     assert notebook.run(look) == "3 3 True <class 'object'>\n"
 
 
+def test_chapter_1_starts_from_chapter_0_and_chapter_0_from_nothing(kernel):
+    notebook = kernel()
+    folder = Path(notebook.client.resources["metadata"]["path"])
+    cell = nbformat.v4.new_code_cell("#| export: nanovllm/options.py\nK = 1")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "00_before.ipynb")
+    assert "empty yet" in notebook.run("import tangle\ntangle.start(0)")
+    notebook.run(cell.source.replace("1", "2"))
+    notebook.run("tangle.checkpoint()")
+    assert notebook.run("import nanovllm.options as o\nprint(o.K)") == "2\n"
+    assert "as chapter 0 leaves it" in notebook.run("tangle.start(1)")
+    assert notebook.run("print(o.K)") == "1\n"
+
+
 def test_failing_and_unexecuted_cells_do_not_count(kernel):
     notebook = kernel()
     notebook.run(OPEN)
