@@ -19,7 +19,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.turns import Turns
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.chat import Messages, as_conversations, encode_chat
-from nanovllm.utils.loader import find_checkpoint
+from nanovllm.utils.checkpoint import find_checkpoint
 from nanovllm.utils.tokenizer import Prompt, encode, load_tokenizer
 
 
