@@ -182,7 +182,7 @@ def _after_cell(result: Any) -> None:
 def _complain(session: Session) -> None:
     """Say why the package is not up to date, once for a cell."""
     if session.complaint:
-        print(session.complaint, file=sys.stderr)
+        print(session.complaint, file=sys.stderr, flush=True)
     session.complaint = ""
 
 
@@ -227,7 +227,11 @@ def _home(session: Session, name: str, target: str) -> str:
     modules.pop(f"{PACKAGE}.__main__", None)  # a program: nothing is taken from it
     found = [path for path, m in modules.items() if any(name in u.names for u in m.units)]
     if len(found) > 1:
-        print(f"tangle: {name} is in {' and in '.join(found)}: import one", file=sys.stderr)
+        print(
+            f"tangle: {name} is in {' and in '.join(found)}: import one",
+            file=sys.stderr,
+            flush=True,
+        )
     return found[0] if len(found) == 1 else ""
 
 
