@@ -59,7 +59,8 @@ def told(old: dict[str, Unit | None], chapter: str) -> list[str]:
             where = f"chapter {number(unit.chapter)}" if unit.chapter != chapter else "above"
             replaced.setdefault(where, []).append(name)
     groups = ", ".join(f"{short(names)} ({where})" for where, names in replaced.items())
-    return [f"new: {short(new)}"] * bool(new) + [f"replaces: {groups}"] * bool(groups)
+    # What is replaced can't be seen in the cell: it comes first, lest a long line hides it.
+    return [f"replaces: {groups}"] * bool(groups) + [f"new: {short(new)}"] * bool(new)
 
 
 def short(names: Iterable[str]) -> str:

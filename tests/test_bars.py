@@ -17,16 +17,16 @@ CASES = {
     "a replaced class": (export("class X:\n    a = 1"), "m.py · replaces: X (chapter 1)"),
     "members, new and replaced": (
         export('class X(X):\n    """Doc."""\n\n    def g(self): ...\n\n    def h(self): ...'),
-        "m.py · new: X.h · replaces: X.g (chapter 1)",
+        "m.py · replaces: X.g (chapter 1) · new: X.h",
     ),
     "names of several chapters": (
         export("def n(): ...\n\n\ndef k(): ...", N),
-        "deep/n.py · new: k · replaces: n (chapter 1)",
+        "deep/n.py · replaces: n (chapter 1) · new: k",
     ),
     "what this chapter defined": (export("def h(): ...", N), "deep/n.py · replaces: h (above)"),
     "members in a row": (
         export("class X(X):\n    def f(self): ...\n\n    def g(self): ...\n\n\nZ = 1"),
-        "m.py · new: Z · replaces: X.f, .g (chapter 1)",
+        "m.py · replaces: X.f, .g (chapter 1) · new: Z",
     ),
     "deleted names": ("#| delete: nanovllm/m.py::X.g, A, B", "m.py · deletes: A, B, X.g"),
     "a deleted file": (f"#| delete: {N}", "deep/n.py · deletes the file"),
