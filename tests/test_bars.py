@@ -1,6 +1,10 @@
 """What the bars above export cells say, and the titles of folded cells."""
 
+from types import SimpleNamespace
+
 import pytest
+from docutils import nodes
+from docutils.utils import new_document
 from test_tangle import export, write_book
 
 import bars
@@ -65,3 +69,23 @@ def test_bar_counts_chapters_by_their_numbers_and_names_the_latest(tmp_path):
 )
 def test_fold_is_titled_with_its_first_comment_or_its_names(source, expected):
     assert bars.title(source) == expected
+
+
+def test_page_shows_a_bar_or_a_titled_fold_for_each_export_cell(tmp_path):
+    folder = write_book(
+        tmp_path, FIRST, [export("A, B = 3, 4"), export("def n(): ...", N), "x = 1"]
+    )
+    page, read = folder / "02_chapter.ipynb", []
+    env = SimpleNamespace(docname="02", doc2path=lambda _: str(page), note_dependency=read.append)
+    document = new_document("page")
+    for index, fold in ((1, None), (2, "input"), (3, "input")):
+        cell = nodes.container("", nodes.literal_block("", "x = 1"))
+        cell.attributes |= {"nb_element": "cell_code", "cell_index": index, "hide_mode": fold}
+        document += cell
+    bars.mark(SimpleNamespace(env=env), document)
+    bar, shown, folded, other = document.children
+    assert "nanovllm/m.py · replaces: A, B (chapter 1)</p>" in bar.astext()
+    assert "prompt_show" not in shown
+    assert folded["prompt_show"] == folded["prompt_hide"] == f"{N} · replaces: n (chapter 1)"
+    assert other["prompt_show"] == "x"
+    assert read == [str(folder / "01_chapter.ipynb"), str(page)]

@@ -256,6 +256,8 @@ def test_package_that_cannot_be_imported_yet_leaves_everything_as_it_was(kernel)
     told = notebook.run(look)
     assert told.endswith("2 5 1 True\n") and told.count("\n") == 2
     assert "can't be imported yet: nanovllm/m.py, line 6: NameError: name 'N'" in told
+    assert notebook.run("del N").endswith("as they are\n")
+    assert notebook.run("print(N)").endswith("as they are\n5\n")
     notebook.run("#| export: nanovllm/m.py\nN = 7\nif_n = N")
     assert notebook.run(look) == "2 7 2 True\n"
 
