@@ -142,12 +142,15 @@ def _before_cell(info: Any) -> None:
         # Between export cells the package may be half there: it is imported only if it has to be.
         if session.stale and (not exports or missing or imports):
             _update(session)
+    except Exception as error:
+        session.complaint = f"{_told(error)}; the notebook's names stay as they are"
+    try:
         for name in sorted(missing):
             if module := _home(session, name, dotted(path) if exports else ""):
                 shell.user_ns[name] = value = getattr(importlib.import_module(module), name)
                 session.homes[name] = module, value
     except Exception as error:
-        session.complaint = f"tangle: {_told(error)}; the notebook's names stay as they are"
+        session.complaint = session.complaint or _told(error)
     if not exports:
         _complain(session)
 
@@ -170,7 +173,7 @@ def _after_cell(result: Any) -> None:
         cell.units()
     except (TangleError, SyntaxError) as error:
         if result.success:
-            print(f"tangle: this cell is left out: {error}", file=sys.stderr)
+            _say(f"this cell is left out: {error}")
         return
     if result.success:
         key = getattr(result.info, "cell_id", None) or source
@@ -182,8 +185,12 @@ def _after_cell(result: Any) -> None:
 def _complain(session: Session) -> None:
     """Say why the package is not up to date, once for a cell."""
     if session.complaint:
-        print(session.complaint, file=sys.stderr)
+        _say(session.complaint)
     session.complaint = ""
+
+
+def _say(text: str) -> None:
+    print(f"tangle: {text}", file=sys.stderr, flush=True)  # ahead of what the cell itself prints
 
 
 def _told(error: Exception) -> str:
@@ -227,7 +234,7 @@ def _home(session: Session, name: str, target: str) -> str:
     modules.pop(f"{PACKAGE}.__main__", None)  # a program: nothing is taken from it
     found = [path for path, m in modules.items() if any(name in u.names for u in m.units)]
     if len(found) > 1:
-        print(f"tangle: {name} is in {' and in '.join(found)}: import one", file=sys.stderr)
+        _say(f"{name} is in {' and in '.join(found)}: import one")
     return found[0] if len(found) == 1 else ""
 
 
@@ -269,7 +276,7 @@ def _renewed(session: Session, new: Package, loaded: dict[str, ModuleType]) -> d
     for module in sorted(there & {PACKAGE, *loaded}):
         importlib.import_module(module)
     values: dict[str, Any] = {}
-    for name, value in _shell().user_ns.items():
+    for name, value in list(_shell().user_ns.items()):
         module, names = _origin(value)
         home, known = session.homes.get(name, ("", None))
         if not name.strip("_0123456789"):  # `_12` is what a cell displayed
@@ -283,6 +290,7 @@ def _renewed(session: Session, new: Package, loaded: dict[str, ModuleType]) -> d
 
 
 def _resolve(module: str, names: list[str]) -> Any:
+    """What a module has under a dotted name, or _GONE."""
     value = importlib.import_module(module)
     for name in names:
         value = getattr(value, name, _GONE)

@@ -3,6 +3,7 @@
 # ruff: noqa: E501
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -454,6 +455,21 @@ def test_merge_error_exits_with_2_and_one_line(tmp_path):
     write_book(tmp_path, [export("print(1)")])
     failed = tool(tmp_path)
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
+
+
+def test_names_that_a_chapter_does_not_define_are_the_packages():
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821"]
+    command += ["--output-format", "json", *map(str, tangle.chapters())]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    undefined: dict[str, set[str]] = {}
+    for finding in json.loads(ran.stdout):
+        names = undefined.setdefault(finding["filename"], set())
+        names |= {*re.findall("`(.*)`", finding["message"])}
+    for chapter, names in undefined.items():
+        stages = [tangle.package(tangle.number(chapter) + step) for step in (-1, 0)]
+        modules = [module for stage in stages for module in stage.modules.values()]
+        known = {name for module in modules for unit in module.units for name in unit.names}
+        assert names <= known.union(*(module.imports for module in modules)), chapter
 
 
 def test_every_real_stage_is_clean(tmp_path):
