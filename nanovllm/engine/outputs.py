@@ -2,10 +2,12 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from nanovllm.engine.detokenizer import Detokenizer
-from nanovllm.engine.sequence import Sequence
+
+if TYPE_CHECKING:  # it belongs to chapter 1
+    from nanovllm.engine.sequence import Sequence
 
 
 class StreamPiece(TypedDict):
@@ -32,7 +34,7 @@ class RequestOutput(StreamPiece):
     metrics: RequestMetrics
 
 
-def metrics_of(seq: Sequence) -> RequestMetrics:
+def metrics_of(seq: "Sequence") -> RequestMetrics:
     """What became of a request."""
     first = last = None
     if seq.num_completion_tokens > 0:
@@ -48,7 +50,7 @@ def metrics_of(seq: Sequence) -> RequestMetrics:
     )
 
 
-def output_of(seq: Sequence, tokenizer: Any) -> RequestOutput:
+def output_of(seq: "Sequence", tokenizer: Any) -> RequestOutput:
     """A finished sequence's result; its text ends before the stop string that ended it."""
     text = text_of(seq, tokenizer)  # first: it may fail, and then that is how the request ended
     return RequestOutput(
@@ -60,7 +62,7 @@ def output_of(seq: Sequence, tokenizer: Any) -> RequestOutput:
     )
 
 
-def text_of(seq: Sequence, tokenizer: Any) -> str:
+def text_of(seq: "Sequence", tokenizer: Any) -> str:
     """A finished sequence's text, as far as it has not been taken.
 
     RuntimeError for one that another caller's failed step has swept away.
@@ -85,7 +87,7 @@ class Outbox:
     The reader never looks at what a step is changing. Made before the request is queued.
     """
 
-    def __init__(self, seq: Sequence, tokenizer: Any):
+    def __init__(self, seq: "Sequence", tokenizer: Any):
         self.seq, self.tokenizer = seq, tokenizer
         seq.unread = deque()
         if tokenizer is not None:

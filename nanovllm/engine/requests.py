@@ -34,6 +34,16 @@ class Limits:
         return min(self.max_model_len, self.num_blocks * self.block_size)
 
 
+def pair_up(prompts: Any, params: Any) -> list[tuple[Prompt, SamplingParams | None]]:
+    """Each prompt with its parameters; ValueError where their numbers differ."""
+    prompts = as_prompt_list(prompts)
+    if not isinstance(params, list | tuple):
+        params = [params] * len(prompts)
+    if len(params) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, but {len(params)} sampling_params")
+    return list(zip(prompts, params, strict=True))
+
+
 def make_sequence(
     seq_ids: Iterator[int],
     prompt: Prompt,
@@ -58,13 +68,3 @@ def make_sequence(
     if params.stop:
         seq.detokenizer = Detokenizer(tokenizer, params.stop)
     return seq
-
-
-def pair_up(prompts: Any, params: Any) -> list[tuple[Prompt, SamplingParams | None]]:
-    """Each prompt with its parameters; ValueError where their numbers differ."""
-    prompts = as_prompt_list(prompts)
-    if not isinstance(params, list | tuple):
-        params = [params] * len(prompts)
-    if len(params) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts, but {len(params)} sampling_params")
-    return list(zip(prompts, params, strict=True))

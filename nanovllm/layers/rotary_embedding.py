@@ -6,6 +6,26 @@ import torch
 from torch import nn
 
 
+def rope_frequencies(
+    head_dim: int, theta: float, max_position: int, scaling: dict
+) -> tuple[torch.Tensor, float]:
+    """Angles per token of each channel pair, [head_dim / 2], and the factor on cos and sin.
+
+    `scaling` is a checkpoint's: rope_type "default", "linear" or "yarn" (Peng et al. 2023).
+    ValueError for any other.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / theta**exponents
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return frequencies, 1.0
+    if kind == "linear":
+        return frequencies / scaling["factor"], 1.0
+    if kind == "yarn":
+        return yarn_frequencies(frequencies, theta, max_position, scaling)
+    raise ValueError(f"rope_type {kind!r} is not supported: default, linear or yarn")
+
+
 def yarn_frequencies(
     frequencies: torch.Tensor, theta: float, max_position: int, scaling: dict
 ) -> tuple[torch.Tensor, float]:
@@ -36,26 +56,6 @@ def yarn_frequencies(
             temperature(mscale) / temperature(mscale_all) if both else temperature(1.0)
         )
     return frequencies * (1 - stretch) + frequencies / factor * stretch, attention_factor
-
-
-def rope_frequencies(
-    head_dim: int, theta: float, max_position: int, scaling: dict
-) -> tuple[torch.Tensor, float]:
-    """Angles per token of each channel pair, [head_dim / 2], and the factor on cos and sin.
-
-    `scaling` is a checkpoint's: rope_type "default", "linear" or "yarn" (Peng et al. 2023).
-    ValueError for any other.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = 1.0 / theta**exponents
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return frequencies, 1.0
-    if kind == "linear":
-        return frequencies / scaling["factor"], 1.0
-    if kind == "yarn":
-        return yarn_frequencies(frequencies, theta, max_position, scaling)
-    raise ValueError(f"rope_type {kind!r} is not supported: default, linear or yarn")
 
 
 class RotaryEmbedding(nn.Module):
