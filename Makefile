@@ -29,7 +29,8 @@ soak: $(FULL)  ## the long runs: 200,000 random operations, 2,000 requests in a 
 
 gpu: $(FULL)  ## on a GPU: kernels, the conformance suite, 20,000 requests through one engine
 	@$(BIN)/python -m pytest -q tests/test_kernels.py
-	@NANOVLLM_DEVICE=cuda NANOVLLM_REQUESTS=20000 $(BIN)/python -m pytest -q tests/conformance
+	@NANOVLLM_DEVICE=cuda $(BIN)/python -m pytest -q -n 4 -m "not gpu" tests/conformance
+	@NANOVLLM_DEVICE=cuda NANOVLLM_REQUESTS=20000 $(BIN)/python -m pytest -q -m gpu tests/conformance
 
 book: $(FULL)  ## build the book from the stored outputs
 	@$(BIN)/jupyter-book build . -W --keep-going -q
