@@ -16,6 +16,7 @@ import numpy as np
 from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.pipeline import Pipeline
 from nanovllm.engine.progress import Progress
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -71,9 +72,9 @@ class LLMEngine:
         self.model_runner = ModelRunner(self.config, self.model_config, folder, self.max_model_len)
         self.seeds = random.Random(self.config.seed)
         self.seq_ids = itertools.count()
-        self.num_blocks = self.model_runner.num_blocks
         eos_token_ids = self.model_config.eos_token_ids
         self.scheduler = Scheduler(self.config, self.num_blocks, eos_token_ids)
+        self.pipeline = Pipeline()
         self.turns = Turns(on_error=self.fail_all)
         self.requests: dict[int, Sequence] = {}  # the unfinished ones, by their ids
 
@@ -93,18 +94,20 @@ class LLMEngine:
     def run_step(self) -> list[Sequence]:
         """Account for the oldest step in flight; before it waits for that, it launches the next."""
         self.check_alive()
-        scheduler = self.scheduler
-        while len(scheduler.in_flight) < self.config.max_in_flight:
-            seqs = scheduler.schedule()
-            if not seqs:
-                break
-            scheduler.advance(seqs, self.model_runner.run(seqs))
-        if scheduler.in_flight:
-            oldest = scheduler.in_flight[0]
-            return scheduler.postprocess(oldest.seqs, oldest.result.token_ids())
-        if not scheduler.is_finished():
+        scheduler, pipeline = self.scheduler, self.pipeline
+        while len(pipeline) < self.config.max_in_flight and (seqs := scheduler.schedule()):
+            pipeline.push(seqs, self.model_runner.run(seqs))
+        if not pipeline and not scheduler.is_finished():
             raise RuntimeError("no request can run, and none is on its way")
-        return []
+        grown = scheduler.postprocess(*pipeline.pop()) if pipeline else []
+        if scheduler.is_finished():
+            pipeline.forget()
+        return grown
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the cache."""
+        return self.model_runner.num_blocks
 
     def forget_finished(self, seqs: list[Sequence]) -> None:
         """What is done is no request of the engine's any more."""
@@ -222,6 +225,7 @@ class LLMEngine:
     def fail_all(self, error: BaseException | None = None) -> None:
         """Forget every request, whatever state `error` left it in; its caller will be told."""
         self.drop_all(error)
+        self.pipeline.forget()
         self.forget_finished(list(self.requests.values()))
 
     def drop_all(self, error: BaseException | None) -> None:
