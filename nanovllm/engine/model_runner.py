@@ -180,6 +180,10 @@ class ModelRunner:
         pinned = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
         return pinned.to(self.device, non_blocking=True)
 
+    def exit(self) -> None:
+        """Let go of the model, whoever still holds the runner; it can run nothing afterwards."""
+        del self.model
+
     def allocate_kv_cache(self, config: Config) -> None:
         """The pool of `num_blocks` blocks, and how attention is to read it."""
         self.block_size = config.kvcache_block_size

@@ -6,6 +6,38 @@ import torch
 from torch import nn
 
 
+def yarn_frequencies(
+    frequencies: torch.Tensor, theta: float, max_position: int, scaling: dict
+) -> tuple[torch.Tensor, float]:
+    """YaRN: pairs that turn often keep their frequency, slow ones are stretched by the factor."""
+    head_dim = 2 * len(frequencies)
+    original = scaling.get("original_max_position_embeddings") or max_position
+    factor = scaling.get("factor") or max_position / original
+
+    def pair_that_turns(num_turns: float) -> float:
+        return head_dim * math.log(original / (num_turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = pair_that_turns(scaling.get("beta_fast") or 32)
+    high = pair_that_turns(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    pair = torch.arange(head_dim // 2, dtype=torch.float32)  # else it would take the default type
+    stretch = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+
+    def temperature(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        both = mscale and mscale_all
+        attention_factor = (
+            temperature(mscale) / temperature(mscale_all) if both else temperature(1.0)
+        )
+    return frequencies * (1 - stretch) + frequencies / factor * stretch, attention_factor
+
+
 def rope_frequencies(
     head_dim: int, theta: float, max_position: int, scaling: dict
 ) -> tuple[torch.Tensor, float]:
@@ -39,35 +71,3 @@ class RotaryEmbedding(nn.Module):
         # [num_positions, 2, 1, head_dim / 2]: cos and sin of a position lie side by side
         table = torch.stack((angles.cos(), angles.sin()), dim=1).unsqueeze(2) * factor
         self.register_buffer("cos_sin", table, persistent=False)
-
-
-def yarn_frequencies(
-    frequencies: torch.Tensor, theta: float, max_position: int, scaling: dict
-) -> tuple[torch.Tensor, float]:
-    """YaRN: pairs that turn often keep their frequency, slow ones are stretched by the factor."""
-    head_dim = 2 * len(frequencies)
-    original = scaling.get("original_max_position_embeddings") or max_position
-    factor = scaling.get("factor") or max_position / original
-
-    def pair_that_turns(num_turns: float) -> float:
-        return head_dim * math.log(original / (num_turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low = pair_that_turns(scaling.get("beta_fast") or 32)
-    high = pair_that_turns(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    pair = torch.arange(head_dim // 2, dtype=torch.float32)  # else it would take the default type
-    stretch = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
-
-    def temperature(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    attention_factor = scaling.get("attention_factor")
-    if attention_factor is None:
-        mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        both = mscale and mscale_all
-        attention_factor = (
-            temperature(mscale) / temperature(mscale_all) if both else temperature(1.0)
-        )
-    return frequencies * (1 - stretch) + frequencies / factor * stretch, attention_factor

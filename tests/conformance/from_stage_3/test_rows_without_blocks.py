@@ -52,7 +52,7 @@ def watch(llm, monkeypatch, number: int, victim: list[int], kept: int) -> list[d
 
     def watched(seqs):
         (seq,) = (seq for seq in seqs if seq.prompt_token_ids == victim)
-        table, pool = seq.block_table, llm.model_runner.kv_cache[:, :, : llm.num_blocks]
+        table, pool = seq.block_table, llm.model_runner.kv_cache[:, :, : llm.limits.num_blocks]
         if len(steps) == number:
             seq.block_table = table[:kept]
         before, own = pool.clone(), set()

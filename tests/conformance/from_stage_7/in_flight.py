@@ -5,6 +5,7 @@ from __future__ import annotations
 from memory import block_manager, check_books, check_empty, engine, unfinished
 
 from nanovllm import LLM
+from nanovllm.engine.outputs import output_of
 
 
 def pipelined(**options):
@@ -52,7 +53,7 @@ def serve(llm: LLM, prompts, params, between=lambda llm: None) -> list[dict]:
 def result(llm: LLM, seq) -> dict:
     """A finished request's output without its times."""
     assert seq.num_pending_tokens == 0 and min(seq.token_ids) >= 0
-    output = llm.output(seq)
+    output = output_of(seq, llm.tokenizer)
     del output["metrics"]
     return output
 

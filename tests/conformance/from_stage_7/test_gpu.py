@@ -307,7 +307,7 @@ def test_engines_one_after_another_have_the_same_room():
     before, sizes, found = free_memory(), [], []
     for _ in range(3):
         with on_gpu() as llm:
-            sizes.append(llm.num_blocks)
+            sizes.append(llm.limits.num_blocks)
             found.append(tokens(llm, *requests(20)))
     assert found[0] == found[1] == found[2] == expected(40)[:20]
     assert max(sizes) - min(sizes) <= 0.01 * max(sizes), sizes
