@@ -9,7 +9,7 @@ DEMO := $(VENV)/.stamp-demo
 FULL := $(VENV)/.stamp-full
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak gpu book ladder notebooks tangle format clean
+.PHONY: help demo test soak gpu book figures ladder notebooks tangle format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,11 +35,17 @@ gpu: $(FULL)  ## on a GPU: kernels, the conformance suite, 20,000 requests throu
 book: $(FULL)  ## build the book from the stored outputs
 	@$(BIN)/jupyter-book build . -W --keep-going -q
 
+figures: $(FULL)  ## draw every diagram and ladder anew, from code and stored numbers
+	@$(BIN)/python book/figures/diagrams.py
+	@$(BIN)/python book/measure/ladder.py --plot-only
+	@$(BIN)/python book/measure/ladder.py --plot-only --out book/measure/ladder_standard.json \
+	  --figure book/figures/ladder_standard.svg
+
 ladder: $(FULL)  ## measure every stage on one workload
-	@$(BIN)/python book/ladder.py
+	@$(BIN)/python book/measure/ladder.py
 
 notebooks: $(FULL)  ## execute every notebook afresh and store the outputs
-	@$(BIN)/python book/execute.py
+	@$(BIN)/python book/measure/execute.py
 
 tangle: $(FULL)  ## rewrite nanovllm/ from the chapters
 	@$(BIN)/python chapters/tangle.py
