@@ -12,6 +12,7 @@ from typing import Any
 from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.outputs import Outbox, RequestOutput, StreamPiece, output_of
+from nanovllm.engine.pipeline import Pipeline
 from nanovllm.engine.progress import Progress
 from nanovllm.engine.requests import Limits, make_sequence, pair_up
 from nanovllm.engine.scheduler import Scheduler
@@ -44,6 +45,7 @@ class LLMEngine:
         self.turns = Turns(on_error=self.fail_all)
         self.requests: dict[int, Sequence] = {}  # the unfinished ones, by their ids
         self.make_queues()
+        self.pipeline = Pipeline()
 
     def make_runner(self, folder: Path) -> ModelRunner:
         """What runs the model of a checkpoint's folder."""
@@ -70,18 +72,15 @@ class LLMEngine:
     def run_step(self) -> list[Sequence]:
         """Account for the oldest step in flight; before it waits for that, it launches the next."""
         self.check_alive()
-        scheduler = self.scheduler
-        while len(scheduler.in_flight) < self.config.max_in_flight:
-            seqs = scheduler.schedule()
-            if not seqs:
-                break
-            scheduler.advance(seqs, self.model_runner.run(seqs))
-        if scheduler.in_flight:
-            oldest = scheduler.in_flight[0]
-            return scheduler.postprocess(oldest.seqs, oldest.result.token_ids())
-        if not scheduler.is_finished():
+        scheduler, pipeline = self.scheduler, self.pipeline
+        while len(pipeline) < self.config.max_in_flight and (seqs := scheduler.schedule()):
+            pipeline.push(seqs, self.model_runner.run(seqs))
+        if not pipeline and not scheduler.is_finished():
             raise RuntimeError("no request can run, and none is on its way")
-        return []
+        grown = scheduler.postprocess(*pipeline.pop()) if pipeline else []
+        if scheduler.is_finished():
+            pipeline.forget()
+        return grown
 
     def forget_finished(self, seqs: list[Sequence]) -> None:
         """What is done is no request of the engine's any more."""
@@ -163,6 +162,7 @@ class LLMEngine:
     def fail_all(self, error: BaseException | None = None) -> None:
         """Forget every request, whatever state `error` left it in; its caller will be told."""
         self.drop_all(error)
+        self.pipeline.forget()
         self.forget_finished(list(self.requests.values()))
 
     def drop_all(self, error: BaseException | None) -> None:

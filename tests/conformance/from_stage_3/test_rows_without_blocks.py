@@ -81,7 +81,8 @@ def test_a_row_without_its_blocks_leaves_the_others_alone(
 ):
     """A prompt's row, or a decode's: the others get their tokens, and write their own slots."""
     with engine(**OPTIONS) as llm:
-        llm.model_runner.kv_cache.normal_(generator=torch.Generator().manual_seed(0))
+        cache = llm.model_runner.kv_cache
+        cache.normal_(generator=torch.Generator(cache.device).manual_seed(0))
         steps = watch(llm, monkeypatch, number, PROMPTS[victim], kept)
         found = tokens(llm, PROMPTS)
     others = [i for i in range(len(PROMPTS)) if i != victim]

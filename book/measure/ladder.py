@@ -1,9 +1,9 @@
 """The ladder: the same workload on the package as of every chapter.
 
-    python book/ladder.py                       measure on this machine, then draw
-    python book/ladder.py --shape qwen3-0.6b    on a published shape with random weights
-    python book/ladder.py --first 2 --workload standard     without the chapters before
-    python book/ladder.py --plot-only           draw what was measured before
+    python book/measure/ladder.py                       measure on this machine, then draw
+    python book/measure/ladder.py --shape qwen3-0.6b    on a published shape with random weights
+    python book/measure/ladder.py --first 2 --workload standard     without the chapters before
+    python book/measure/ladder.py --plot-only           draw what was measured before
 
 Each run is a fresh process. The order alternates (1, 2, … K, K, … 2, 1), so that a machine whose
 speed drifts treats all stages alike. Reported is the median over the rounds.
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from math import ceil, floor, log10
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "chapters"))
 
 import tangle  # noqa: E402
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--workload", default="small", help="standard or small (default: small)")
     parser.add_argument("--shape", help="a published shape with random weights, e.g. qwen3-0.6b")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--out", type=Path, default=ROOT / "book/data/ladder.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "book/measure/ladder.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "book/figures/ladder.svg")
     parser.add_argument("--plot-only", action="store_true", help="draw what --out holds")
     args = parser.parse_args()
