@@ -122,6 +122,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
+    architecture: str = "Qwen3ForCausalLM"  # the name of its class, in config.json's terms
 
     def __post_init__(self):
         check_options(self)

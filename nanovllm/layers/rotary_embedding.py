@@ -40,6 +40,10 @@ class RotaryEmbedding(nn.Module):
         table = torch.stack((angles.cos(), angles.sin()), dim=1).unsqueeze(2) * factor
         self.register_buffer("cos_sin", table, persistent=False)
 
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions: [num_tokens] -> the same, and the table in which they are rows"""
+        return positions, self.cos_sin
+
 
 def yarn_frequencies(
     frequencies: torch.Tensor, theta: float, max_position: int, scaling: dict
