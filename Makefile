@@ -9,7 +9,7 @@ DEMO := $(VENV)/.stamp-demo
 FULL := $(VENV)/.stamp-full
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak gpu book ladder notebooks tangle format clean
+.PHONY: help demo test soak gpu book figures ladder notebooks tangle format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -29,16 +29,23 @@ soak: $(FULL)  ## the long runs: 200,000 random operations, 2,000 requests in a 
 
 gpu: $(FULL)  ## on a GPU: kernels, the conformance suite, 20,000 requests through one engine
 	@$(BIN)/python -m pytest -q tests/test_kernels.py
-	@NANOVLLM_DEVICE=cuda NANOVLLM_REQUESTS=20000 $(BIN)/python -m pytest -q tests/conformance
+	@NANOVLLM_DEVICE=cuda $(BIN)/python -m pytest -q -n 4 -m "not gpu" tests/conformance
+	@NANOVLLM_DEVICE=cuda NANOVLLM_REQUESTS=20000 $(BIN)/python -m pytest -q -m gpu tests/conformance
 
 book: $(FULL)  ## build the book from the stored outputs
 	@$(BIN)/jupyter-book build . -W --keep-going -q
 
+figures: $(FULL)  ## draw every diagram and ladder anew, from code and stored numbers
+	@$(BIN)/python book/figures/diagrams.py
+	@$(BIN)/python book/measure/ladder.py --plot-only
+	@$(BIN)/python book/measure/ladder.py --plot-only --out book/measure/ladder_standard.json \
+	  --figure book/figures/ladder_standard.svg
+
 ladder: $(FULL)  ## measure every stage on one workload
-	@$(BIN)/python book/ladder.py
+	@$(BIN)/python book/measure/ladder.py
 
 notebooks: $(FULL)  ## execute every notebook afresh and store the outputs
-	@$(BIN)/python book/execute.py
+	@$(BIN)/python book/measure/execute.py
 
 tangle: $(FULL)  ## rewrite nanovllm/ from the chapters
 	@$(BIN)/python chapters/tangle.py

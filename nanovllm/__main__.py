@@ -12,6 +12,7 @@ from typing import get_args
 
 from nanovllm.config import Config
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.chat import check_chat_template
 from nanovllm.utils.errors import one_line
 from nanovllm.utils.options import types_of
 
@@ -45,12 +46,6 @@ def add_options(parser: argparse.ArgumentParser, cls: type, skip: str = "", **de
         group.add_argument("--" + spec.name.replace("_", "-"), **settings)
 
 
-def take(args: argparse.Namespace, cls: type) -> dict:
-    """The options of `cls` that the user gave."""
-    names = {spec.name for spec in fields(cls)}
-    return {name: value for name, value in vars(args).items() if name in names}
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The grammar of the command line."""
     parser = argparse.ArgumentParser(prog="nanovllm", description=__doc__, allow_abbrev=False)
@@ -74,6 +69,12 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     add_options(bench, Config, "max_model_len")
     return parser
+
+
+def take(args: argparse.Namespace, cls: type) -> dict:
+    """The options of `cls` that the user gave."""
+    names = {spec.name for spec in fields(cls)}
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -111,7 +112,7 @@ def chat(args: argparse.Namespace) -> None:
 
     params = SamplingParams(**take(args, SamplingParams) | {"seed": None})
     llm = LLM(**take(args, Config))
-    llm.check_chat_template()
+    check_chat_template(llm.tokenizer)
     if hasattr(sys.stdin, "reconfigure"):  # a line of bytes that are no text is refused, alone
         sys.stdin.reconfigure(errors="surrogateescape")
     messages: list[dict[str, str]] = []
@@ -123,20 +124,25 @@ def chat(args: argparse.Namespace) -> None:
             return
         if not line:
             return
-        messages.append({"role": "user", "content": line})
-        # The oldest exchange goes first once the conversation outgrows the model.
-        room = llm.longest_sequence() - (params.max_tokens or 1)
-        try:
-            while len(llm.apply_chat_template(messages)) > room and len(messages) > 2:
-                del messages[:2]
-            pieces = llm.stream(llm.apply_chat_template(messages), params)
-            messages.append({"role": "assistant", "content": print_stream(pieces)})
-        except ValueError as error:
-            messages.pop()
-            print(f"nanovllm: error: {one_line(error)}", file=sys.stderr)
-        except KeyboardInterrupt:
-            messages.pop()
-            print("\n[stopped]", file=sys.stderr)
+        answer(llm, messages, line, params)
+
+
+def answer(llm, messages: list[dict[str, str]], line: str, params: SamplingParams) -> None:
+    """Stream the answer to one more line; both join the messages, or neither does."""
+    messages.append({"role": "user", "content": line})
+    # The oldest exchange goes first once the conversation outgrows the model.
+    room = llm.limits.longest_sequence() - (params.max_tokens or 1)
+    try:
+        while len(llm.apply_chat_template(messages)) > room and len(messages) > 2:
+            del messages[:2]
+        pieces = llm.stream(llm.apply_chat_template(messages), params)
+        messages.append({"role": "assistant", "content": print_stream(pieces)})
+    except ValueError as error:
+        messages.pop()
+        print(f"nanovllm: error: {one_line(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        messages.pop()
+        print("\n[stopped]", file=sys.stderr)
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -7,86 +7,26 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
 
-from nanovllm.config import ModelConfig
-from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.workloads import SHAPES, WORKLOADS, Workload
 
-QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "head_dim": 128,
-    "num_key_value_heads": 8,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rope_theta": 1000000,
-    "rms_norm_eps": 1e-6,
-    "eos_token_id": 151645,
-}
-
-
-def qwen3_shape(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> dict:
-    """The config.json of a published Qwen3 size."""
-    return {
-        **QWEN3,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "tie_word_embeddings": tied,
-    }
-
-
-SHAPES = {
-    "qwen3-0.6b": qwen3_shape(1024, 3072, 28, 16, tied=True),
-    "qwen3-1.7b": qwen3_shape(2048, 6144, 28, 16, tied=True),
-    "qwen3-4b": qwen3_shape(2560, 9728, 36, 32, tied=True),
-    "qwen3-8b": qwen3_shape(4096, 12288, 36, 32, tied=False),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Requests of random length, and the sizes of the single-request measurements."""
-
-    num_requests: int
-    input_len: tuple[int, int]  # fewest and most prompt tokens
-    output_len: tuple[int, int]
-    prefill: tuple[int, int]  # prompts, and tokens in each
-    single: tuple[int, int]  # prompt tokens, output tokens
-
-    def requests(self, vocab_size: int) -> tuple[list[list[int]], list[SamplingParams]]:
-        """Prompts and parameters; the lengths depend on no model, the tokens fit the vocabulary."""
-        random = Random(0)
-        prompts = [
-            [random.randint(0, 10000) % vocab_size for _ in range(random.randint(*self.input_len))]
-            for _ in range(self.num_requests)
-        ]
-        params = [
-            SamplingParams(
-                temperature=0.6, ignore_eos=True, max_tokens=random.randint(*self.output_len)
-            )
-            for _ in range(self.num_requests)
-        ]
-        return prompts, params
-
-
-WORKLOADS = {
-    # What this field measures with: 142,827 prompt tokens and 133,966 output tokens.
-    "standard": Workload(256, (100, 1024), (100, 1024), prefill=(64, 1024), single=(512, 256)),
-    # Small enough for an engine that recomputes everything on a laptop.
-    "small": Workload(16, (16, 128), (16, 128), prefill=(8, 256), single=(128, 64)),
-}
+if TYPE_CHECKING:  # chapter 1 makes them
+    from nanovllm.config import ModelConfig
+    from nanovllm.llm import LLM
 
 
 def benchmark(workload: Workload, repeats: int, **options) -> dict:
     """Run the workload `repeats` times on a fresh engine; all figures, medians first."""
+    from nanovllm.llm import LLM
+
     lengths = (sum(pair) for pair in zip(workload.input_len, workload.output_len, strict=True))
     longest = max(*lengths, sum(workload.single), workload.prefill[1] + 1)
     start = perf_counter()
@@ -105,11 +45,10 @@ def benchmark(workload: Workload, repeats: int, **options) -> dict:
         llm.exit()
 
 
-def measure(llm: LLM, workload: Workload, repeats: int) -> dict:
+def measure(llm: "LLM", workload: Workload, repeats: int) -> dict:
     """The engine's figures on a workload, beside what the hardware would allow."""
     vocab_size = llm.model_config.vocab_size
     prompts, params = workload.requests(vocab_size)
-    num_output = sum(p.max_tokens for p in params)
     fill = Random(1)
     num_prefill, prefill_len = workload.prefill
     single_len, single_out = workload.single
@@ -124,6 +63,7 @@ def measure(llm: LLM, workload: Workload, repeats: int) -> dict:
     first_token = spread(repeats, lambda: seconds(llm, single, first))
     stream = spread(repeats, lambda: seconds_per_token(llm, single, single_out))
     floor = floor_seconds(llm, prompts, params)
+    num_output = sum(p.max_tokens for p in params)
     return {
         "output_tokens": num_output,
         "output_tokens_per_s": num_output / total["median"],
@@ -133,16 +73,11 @@ def measure(llm: LLM, workload: Workload, repeats: int) -> dict:
         "time_to_first_token_ms": 1000 * first_token["median"],
         "single_stream_tokens_per_s": 1 / stream["median"],
         "peak_memory_bytes": peak_memory(llm),
-        "seconds": {
-            "workload": total,
-            "prefill": prefill,
-            "first_token": first_token,
-            "token": stream,
-        },
+        "seconds": dict(workload=total, prefill=prefill, first_token=first_token, token=stream),
     }
 
 
-def seconds(llm: LLM, prompts: list, params: SamplingParams | list[SamplingParams]) -> float:
+def seconds(llm: "LLM", prompts: list, params: SamplingParams | list[SamplingParams]) -> float:
     """How long a call of `generate` takes on an engine that keeps nothing of earlier calls."""
     llm.reset()
     start = perf_counter()
@@ -150,7 +85,7 @@ def seconds(llm: LLM, prompts: list, params: SamplingParams | list[SamplingParam
     return perf_counter() - start
 
 
-def seconds_per_token(llm: LLM, prompt: list[int], num_tokens: int) -> float:
+def seconds_per_token(llm: "LLM", prompt: list[int], num_tokens: int) -> float:
     """The time between two tokens of a single request, its first token left out."""
     params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=num_tokens)
     times = [perf_counter() for _ in llm.stream(prompt, params)]
@@ -163,7 +98,7 @@ def spread(repeats: int, measurement: Callable[[], float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def floor_seconds(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> float:
+def floor_seconds(llm: "LLM", prompts: list[list[int]], params: list[SamplingParams]) -> float:
     """The least time that the hardware needs for the workload, whatever the engine.
 
     Every token but the last of each request is run once, and sees those before it; each output
@@ -185,7 +120,7 @@ def floor_seconds(llm: LLM, prompts: list[list[int]], params: list[SamplingParam
     return max(read / bandwidth, flops / flop_rate)
 
 
-def layer_flops(config: ModelConfig, num_tokens: int, num_pairs: int) -> int:
+def layer_flops(config: "ModelConfig", num_tokens: int, num_pairs: int) -> int:
     """Operations of the layers for so many tokens, which see so many tokens in all.
 
     Two for each weight of a matrix and each token; four for each pair of tokens, one of which sees
@@ -197,7 +132,7 @@ def layer_flops(config: ModelConfig, num_tokens: int, num_pairs: int) -> int:
     return config.num_hidden_layers * (2 * num_tokens * matrices + 4 * num_pairs * q_size)
 
 
-def kv_bytes_per_token(config: ModelConfig, element_size: int) -> int:
+def kv_bytes_per_token(config: "ModelConfig", element_size: int) -> int:
     """Bytes of one token's keys and values over all layers."""
     per_layer = 2 * config.num_key_value_heads * config.head_dim * element_size
     return config.num_hidden_layers * per_layer
@@ -227,7 +162,7 @@ def fastest(operation: Callable[[], object], on_gpu: bool, repeats: int = 10) ->
     return best
 
 
-def peak_memory(llm: LLM) -> int:
+def peak_memory(llm: "LLM") -> int:
     """The most bytes that were in use: on the GPU, or of the whole process on a CPU."""
     if llm.model_runner.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -235,7 +170,7 @@ def peak_memory(llm: LLM) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def machine(llm: LLM) -> dict[str, str]:
+def machine(llm: "LLM") -> dict[str, str]:
     """What the figures were measured on."""
     device = llm.model_runner.device
     on_gpu = device.type == "cuda"

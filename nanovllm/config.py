@@ -1,13 +1,12 @@
 """The engine's options (`Config`) and a checkpoint's shape (`ModelConfig`)."""
 
-import json
-import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanovllm.utils.errors import as_value_error, one_line
-from nanovllm.utils.options import check_options, matches, option, reject_unknown
+from nanovllm.utils.checkpoint import check_shape, read_shape
+from nanovllm.utils.errors import as_value_error
+from nanovllm.utils.options import check_options, option, reject_unknown
 
 if TYPE_CHECKING:  # torch takes seconds to load, and a scheduler or a --help can do without
     import torch
@@ -57,6 +56,12 @@ class Config:
         on_gpu = self.torch_device.type == "cuda"
         return 2 if (on_gpu if self.async_scheduling is None else self.async_scheduling) else 1
 
+    @classmethod
+    def from_options(cls, **options) -> "Config":
+        """A Config from keyword options; an unknown one raises ValueError."""
+        reject_unknown(cls, options)
+        return cls(**options)
+
     def __post_init__(self):
         check_options(self)
         name, _, index = self.device.partition(":")
@@ -67,12 +72,6 @@ class Config:
 
             if int(index or 0) >= torch.cuda.device_count():
                 raise ValueError(f"device {self.device!r} is not there: torch sees no such GPU")
-
-    @classmethod
-    def from_options(cls, **options) -> "Config":
-        """A Config from keyword options; an unknown one raises ValueError."""
-        reject_unknown(cls, options)
-        return cls(**options)
 
     @property
     def torch_device(self) -> "torch.device":
@@ -93,17 +92,6 @@ class Config:
         return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
 
 
-ROPE_NUMBERS = (
-    "factor",
-    "original_max_position_embeddings",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-)
-
-
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The shape of a Qwen3 model, as its checkpoint's config.json states it."""
@@ -116,78 +104,23 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
+    architecture: str = "Qwen3ForCausalLM"  # the name of its class
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
     rope_scaling: dict = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
-    architecture: str = "Qwen3ForCausalLM"  # the name of its class, in config.json's terms
 
     def __post_init__(self):
-        check_options(self)
-        for spec in fields(self):
-            value = getattr(self, spec.name)
-            if spec.type in (int, float) and value <= 0:
-                raise ValueError(f"{spec.name} must be greater than 0, got {value}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, got {self.head_dim}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads must be a multiple of num_key_value_heads="
-                f"{self.num_key_value_heads}, got {self.num_attention_heads}"
-            )
-        scaling = self.rope_scaling
-        is_linear = scaling.get("rope_type", scaling.get("type")) == "linear"
-        for name in ROPE_NUMBERS:
-            value = scaling.get(name)
-            if value is None and not (name == "factor" and is_linear):
-                continue
-            if not matches(value, (float,)) or not 0 < value < math.inf:
-                raise ValueError(f"RoPE's {name} must be a number above 0, got {value!r}")
+        check_shape(self)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
         """Read config.json and generation_config.json; ValueError for what is not a Qwen3."""
-        path = folder / "config.json"
-        raw = read_json(path)
-        if not raw:
-            raise ValueError(f"{folder} has no config.json, or an empty one")
-        required = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-        for name, value in required.items():
-            if raw.get(name) != value:
-                raise ValueError(f"{path}: {name} is {raw.get(name)!r}, this engine runs {value!r}")
-        plain = {"use_sliding_window": False, "hidden_act": "silu", "quantization_config": None}
-        for name, value in plain.items():
-            if raw.get(name) not in (None, value):
-                raise ValueError(f"{path}: {name}={raw[name]!r} is not supported")
-        values = {name: raw[name] for name in cls.__slots__ if name in raw}
-        values.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-        values.setdefault("head_dim", 128)
-        # Since transformers 5 the base and the scaling live together in `rope_parameters`;
-        # older checkpoints have a flat `rope_theta` and a `rope_scaling` that may be null.
-        rope = {}
-        for name in ("rope_scaling", "rope_parameters"):
-            if not isinstance(raw.get(name) or {}, dict):
-                raise ValueError(f"{path}: {name} must be an object, got {raw[name]!r}")
-            rope |= raw.get(name) or {}
-        values["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-        values["rope_scaling"] = rope
-        generation, eos = folder / "generation_config.json", set()
-        for file, content in ((path, raw), (generation, read_json(generation))):
-            found = content.get("eos_token_id")
-            found = found if isinstance(found, list) else [found]
-            if not all(e is None or type(e) is int for e in found):
-                raise ValueError(f"{file}: eos_token_id must be integers, got {found!r}")
-            eos.update(found)
-        values["eos_token_ids"] = tuple(sorted(eos - {None}))
-        try:
+        values = read_shape(folder, cls)
+        with as_value_error(f"{folder / 'config.json'}"):
             return cls(**values)
-        except TypeError as error:
-            missing = str(error).split("argument", 1)[-1].lstrip("s: ")
-            raise ValueError(f"{path} does not say {missing}") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {one_line(error)}") from error
 
     @property
     def longest(self) -> int:
@@ -221,16 +154,3 @@ class ModelConfig:
         """The same with one more end-of-sequence token: a tokenizer names one, too."""
         eos = {*self.eos_token_ids} | ({token_id} - {None})
         return replace(self, eos_token_ids=tuple(sorted(eos)))
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; empty where there is no such file. ValueError for any other."""
-    with as_value_error(f"{path} can't be read"):
-        if not path.is_file():
-            return {}
-        content = path.read_bytes()
-    with as_value_error(f"{path} is not valid JSON"):
-        content = json.loads(content.decode())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {content!r:.40}")
-    return content

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanovllm import SamplingParams
 from nanovllm.config import Config
+from nanovllm.engine.pipeline import Pipeline
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 
@@ -19,14 +20,25 @@ LENGTH = 1000
 FOREVER = SamplingParams(max_tokens=10**6, ignore_eos=True)
 
 
+class Sampled:
+    """A step's result that is there."""
+
+    def __init__(self, token_ids: list[int]):
+        self.numbers = token_ids
+
+    def token_ids(self) -> list[int]:
+        return self.numbers
+
+
 def steps(scheduler: Scheduler, number: int) -> tuple[list[float], list[float]]:
     """Milliseconds that schedule() and postprocess() take in each of so many steps."""
-    schedule, postprocess = [], []
+    schedule, postprocess, pipeline = [], [], Pipeline()
     for _ in range(number):
         start = perf_counter()
         seqs = scheduler.schedule()
         middle = perf_counter()
-        scheduler.postprocess(seqs, [seq.seq_id for seq in seqs])
+        pipeline.push(seqs, Sampled([seq.seq_id for seq in seqs]))
+        scheduler.postprocess(*pipeline.pop())
         schedule.append(1e3 * (middle - start))
         postprocess.append(1e3 * (perf_counter() - middle))
     return schedule, postprocess

@@ -213,17 +213,12 @@ class PagedBatch:
 
     def context(self, num_decodes: int = 0) -> Context:
         """The batch for `paged_attention`; its first `num_decodes` spans bring one token each."""
-        lens = self.lens[:num_decodes]
-        mask = None
-        if lens:
-            mask = (torch.arange(max(lens)) < torch.tensor(lens)[:, None])[:, None, None]
         return Context(
             slot_mapping=torch.zeros(len(self.q), dtype=torch.int64, device=DEV),
             block_tables=self.tables.long(),
-            context_lens=self.lens,
-            mask=mask,
+            context_lens=torch.tensor(self.lens),
+            cu_seqlens=torch.tensor(self.starts),
             num_decodes=num_decodes,
-            cu_seqlens=self.starts,
         )
 
     def expected(self, num_decodes: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("book_execute", ROOT / "book" / "execute.py")
+spec = importlib.util.spec_from_file_location("book_execute", ROOT / "book/measure/execute.py")
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 

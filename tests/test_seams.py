@@ -1,46 +1,77 @@
-"""The plan of book/seams.md, as sketches through the tangle: no name is defined too often."""
+"""The plan of book/authors.md, as sketches through the tangle: no name is defined too often."""
 
+from __future__ import annotations
+
+import json
 import re
 from pathlib import Path
 
 from test_tangle import export, write_book
 
 import tangle
+from cells import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
-ROW = re.compile(r"^\| (`.*`) \| (\d) \| (\d?) ?\| (\d?) ?\|", re.MULTILINE)
+PAGE = (ROOT / "book/authors.md").read_text(encoding="utf-8")
+CELL = r" *([^|`]*?) *\|"
+PLANNED = re.compile(rf"^\| (`.*`) \|{CELL}{CELL}{CELL} ", re.MULTILINE)
+COMING = re.compile(r"^\| (\d+) \w[\w ]* \| (`.*?`) \| ", re.MULTILINE)
+
+
+def titles() -> dict[str, int]:
+    """The number of each chapter by its title."""
+    found = {}
+    for path in tangle.chapters():
+        first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]
+        found["".join(first).split("\n")[0].lstrip("# ")] = tangle.number(path)
+    return found
 
 
 def planned() -> dict[str, list[int]]:
     """Name -> the chapters that define it, as the page says."""
-    table = ROW.findall((ROOT / "book/seams.md").read_text(encoding="utf-8"))
+    number = titles()
     return {
-        name: [int(k) for k in chapters if k]
-        for names, *chapters in table
+        name: [number[title] for title in chapters if title]
+        for names, *chapters in PLANNED.findall(PAGE)
         for name in re.findall(r"`([\w.]+)`", names)
     }
 
 
-def sketch(chapter: int, plan: dict[str, list[int]], seen: set[str]) -> list[str]:
+def coming() -> list[tuple[int, str, str]]:
+    """(Chapter, module, name) of what the chapters that are not written will define."""
+    return [
+        (int(chapter), f"nanovllm/{path}", name)
+        for chapter, names in COMING.findall(PAGE)
+        for path, name in re.findall(r"`([\w/]+\.py)::([\w.]+)`", names)
+    ]
+
+
+def sketch(name: str, chapter: int, path: str, is_there: bool) -> str:
+    """An export cell that defines a name, in a class that it opens or reopens."""
+    owner, _, member = name.partition(".")
+    body = f"def {member or owner}(self):\n    return {chapter}"
+    if member:
+        base = f"({owner})" if is_there else ""
+        body = f"class {owner}{base}:\n    " + body.replace("\n", "\n    ")
+    return export(body, path)
+
+
+def sketches(chapter: int, plan: dict[str, list[int]], seen: set[str]) -> list[str]:
     """Export cells that define what the plan gives to a chapter."""
     cells = []
     for name in (name for name, chapters in plan.items() if chapter in chapters):
-        owner, _, member = name.partition(".")
-        body = f"def {member or owner}(self):\n    return {chapter}"
-        if member:
-            base = f"({owner})" if owner in seen else ""
-            body = f"class {owner}{base}:\n    " + body.replace("\n", "\n    ")
-            seen.add(owner)
-        cells.append(export(body))
+        owner = name.partition(".")[0]
+        cells.append(sketch(name, chapter, "nanovllm/m.py", owner in seen))
+        seen.add(owner)
     return cells
 
 
 def test_the_plan_goes_through_the_tangle_with_at_most_three_definitions(tmp_path):
-    plan, seen = planned(), set()
+    plan, seen, last = planned(), set(), tangle.last()
     assert {"LLMEngine.run_step", "Attention.forward", "ModelRunner.run"} <= plan.keys()
-    book = write_book(tmp_path, *[sketch(k, plan, seen) for k in range(1, 9)])
-    assert max(tangle.package(8, book).count.values()) <= tangle.MOST_DEFINITIONS
-    for k in range(1, 9):
+    book = write_book(tmp_path, *[sketches(k, plan, seen) for k in range(1, last + 1)])
+    assert max(tangle.package(last, book).count.values()) <= tangle.MOST_DEFINITIONS
+    for k in range(1, last + 1):
         scope: dict = {}
         exec(tangle.stage(k, book)["nanovllm/m.py"], scope)
         for name, chapters in plan.items():
@@ -51,9 +82,23 @@ def test_the_plan_goes_through_the_tangle_with_at_most_three_definitions(tmp_pat
 
 
 def test_the_chapters_so_far_follow_the_plan():
-    written = len(tangle.chapters())
+    package = tangle.package()
     for name, chapters in planned().items():
-        expected = sum(k <= written for k in chapters)
-        owner = tangle.package(written).count
-        counts = [n for (_, defined), n in owner.items() if defined == name]
-        assert sum(counts) == expected, name
+        counts = [n for (_, defined), n in package.count.items() if defined == name]
+        assert sum(counts) == len(chapters), name
+
+
+def test_what_coming_chapters_define_goes_through_the_tangle_on_top_of_these():
+    package, sketched = tangle.package(), coming()
+    assert {chapter for chapter, *_ in sketched} == {10, 11, 12}
+    for number, (chapter, path, name) in enumerate(sketched):
+        owner = name.partition(".")[0]
+        elsewhere = {where for where, there in package.names() if there == owner} - {path}
+        assert not elsewhere, f"{owner} stands in {elsewhere}, the page says {path}"
+        source = sketch(name, chapter, path, (path, owner) in package.names())
+        package.add(Cell(source, f"{chapter}_sketch.ipynb", number))
+    assert max(package.count.values()) <= tangle.MOST_DEFINITIONS
+    for chapter, path, name in sketched:
+        assert package.names()[path, name].chapter == f"{chapter}_sketch.ipynb", name
+    for path, source in package.sources().items():
+        compile(source, path, "exec")

@@ -3,6 +3,7 @@
 # ruff: noqa: E501
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,11 +25,11 @@ def export(source: str, path: str = M) -> str:
     return f"#| export: {path}\n{dedent(source).strip()}"
 
 
-def write_book(root: Path, *chapters: list[str]) -> Path:
+def write_book(root: Path, *chapters: list[str], first: int = 1) -> Path:
     """Notebooks with one markdown cell and these code cells; returns the chapters' folder."""
     folder = root / "chapters"
     folder.mkdir(parents=True, exist_ok=True)
-    for number, sources in enumerate(chapters, start=1):
+    for number, sources in enumerate(chapters, start=first):
         code = [{"cell_type": "code", "source": source.splitlines(True)} for source in sources]
         cells = [{"cell_type": "markdown", "source": ["# A chapter"]}, *code]
         (folder / f"{number:02}_chapter.ipynb").write_text(json.dumps({"cells": cells}))
@@ -395,6 +396,47 @@ def test_impact_tells_what_later_chapters_keep(tmp_path):
     assert f"{M}::C (deleted)" in report and f"{M}::X (reopened)" in report
 
 
+APPENDIX = (  # chapters 0, 1 and 2
+    [export("A = 0\nB = 0")],
+    [export("A = 1\nC = 1")],
+    [export("C = 2\nD = 2")],
+)
+
+
+def test_every_stage_starts_from_chapter_0(tmp_path):
+    folder = write_book(tmp_path, *APPENDIX, first=0)
+    assert [tangle.number(path) for path in tangle.chapters(folder)] == [0, 1, 2]
+    assert tangle.last(folder) == 2
+    assert tangle.stage(-1, folder) == {}
+    assert tangle.stage(0, folder) == {M: "A = 0\nB = 0\n"}
+    assert tangle.stage(1, folder) == {M: "A = 1\nC = 1\nB = 0\n"}
+    whole = {M: "A = 1\nC = 2\nD = 2\nB = 0\n"}
+    assert (
+        tangle.stage(2, folder) == tangle.stage(99, folder) == tangle.stage(None, folder) == whole
+    )
+
+
+def test_chapters_are_named_by_their_numbers(tmp_path):
+    folder = write_book(tmp_path, *APPENDIX, first=0)
+    (folder / "02_chapter.ipynb").rename(folder / "04_chapter.ipynb")
+    assert tangle.last(folder) == 4
+    assert tangle.stage(3, folder) == tangle.stage(1, folder) != tangle.stage(4, folder)
+    report = tool(tmp_path, "--impact", "0").stdout
+    assert "stage 1: 1 names of chapter 0" in report and f"{M}::A (chapter 1)" in report
+    assert f"{M}::C (chapter 4)" in tool(tmp_path, "--impact", "1").stdout
+    with pytest.raises(tangle.TangleError, match="00_chapter.ipynb, cell 2, line 2:"):
+        tangle.stage(0, write_book(tmp_path, [export("print(1)")], first=0))
+
+
+def test_appendix_is_written_like_a_stage(tmp_path):
+    write_book(tmp_path, *APPENDIX, first=0)
+    for k, text in ((0, "A = 0\nB = 0\n"), (1, "A = 1\nC = 1\nB = 0\n")):
+        assert tool(tmp_path, "--upto", str(k), "--out", str(tmp_path / "out")).returncode == 0
+        assert (tmp_path / "out" / M).read_text() == text
+    write_book(tmp_path / "none", [export("A = 1")])
+    assert tool(tmp_path / "none", "--upto", "0", "--out", "x").returncode == 2
+
+
 def test_a_name_defined_too_often_fails_the_count(tmp_path):
     chapters = [[export(f"A = {k}")] for k in range(4)]
     write_book(tmp_path, *chapters[:3])
@@ -415,8 +457,23 @@ def test_merge_error_exits_with_2_and_one_line(tmp_path):
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
 
 
+def test_names_that_a_chapter_does_not_define_are_the_packages():
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821"]
+    command += ["--output-format", "json", *map(str, tangle.chapters())]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    undefined: dict[str, set[str]] = {}
+    for finding in json.loads(ran.stdout):
+        names = undefined.setdefault(finding["filename"], set())
+        names |= {*re.findall("`(.*)`", finding["message"])}
+    for chapter, names in undefined.items():
+        stages = [tangle.package(tangle.number(chapter) + step) for step in (-1, 0)]
+        modules = [module for stage in stages for module in stage.modules.values()]
+        known = {name for module in modules for unit in module.units for name in unit.names}
+        assert names <= known.union(*(module.imports for module in modules)), chapter
+
+
 def test_every_real_stage_is_clean(tmp_path):
-    for k in range(1, len(tangle.chapters()) + 1):
+    for k in map(tangle.number, tangle.chapters()):
         out = tmp_path / str(k)
         tangle.write_stage(k, out)
         config = ["--config", str(ROOT / "pyproject.toml")]

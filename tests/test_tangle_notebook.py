@@ -73,6 +73,19 @@ def test_edited_cell_changes_the_package_without_a_restart(kernel):
     assert notebook.run(look) == "3 3 True <class 'object'>\n"
 
 
+def test_chapter_1_starts_from_chapter_0_and_chapter_0_from_nothing(kernel):
+    notebook = kernel()
+    folder = Path(notebook.client.resources["metadata"]["path"])
+    cell = nbformat.v4.new_code_cell("#| export: nanovllm/options.py\nK = 1")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "00_before.ipynb")
+    assert "empty yet" in notebook.run("import tangle\ntangle.start(0)")
+    notebook.run(cell.source.replace("1", "2"))
+    notebook.run("tangle.checkpoint()")
+    assert notebook.run("import nanovllm.options as o\nprint(o.K)") == "2\n"
+    assert "as chapter 0 leaves it" in notebook.run("tangle.start(1)")
+    assert notebook.run("print(o.K)") == "1\n"
+
+
 def test_failing_and_unexecuted_cells_do_not_count(kernel):
     notebook = kernel()
     notebook.run(OPEN)
@@ -166,6 +179,107 @@ def test_subprocesses_see_the_same_package(kernel):
     program = "import nanovllm.m as m; print(m.X().f())"
     run = f"subprocess.check_output([sys.executable, '-c', {program!r}], text=True)"
     assert notebook.run(f"import subprocess, sys\nprint({run})").strip() == "4"
+
+
+START = "import tangle\ntangle.start(2)"
+
+
+def test_export_cell_finds_the_names_of_its_module(kernel):
+    notebook = kernel()
+    notebook.run(START)
+    notebook.run("#| export: nanovllm/m.py\nclass X(X):\n    def g(self):\n        return N + 1")
+    notebook.run("#| export: nanovllm/m.py\nLAST = X, N")
+    look = "print(X().g(), X().f(), X.__mro__[1], LAST == (X, N))"
+    assert notebook.run(look) == "6 1 <class 'object'> True\n"
+
+
+def test_export_cell_finds_no_names_of_other_modules(kernel):
+    notebook = kernel()
+    notebook.run(START)
+    with pytest.raises(Exception, match="'N' is not defined"):  # the package would lack an import
+        notebook.run("#| export: nanovllm/other.py\nM = N + 1")
+
+
+def test_export_cell_can_import_what_was_just_exported(kernel):
+    notebook = kernel()
+    notebook.run(START)
+    notebook.run("#| export: nanovllm/deep/one.py\nONE = 1\n\n\nclass A:\n    one = ONE")
+    notebook.run("#| export: nanovllm/two.py\nfrom nanovllm.deep.one import ONE\n\nTWO = 2 * ONE")
+    notebook.run("#| export: nanovllm/deep/one.py\nONE = 10")
+    look = "import nanovllm.two as two\nprint(TWO, two.TWO, ONE, A.one, A.__module__)"
+    assert notebook.run(look) == "20 20 10 10 nanovllm.deep.one\n"
+
+
+def test_cell_finds_the_package_up_to_date_and_its_names_bound(kernel):
+    notebook = kernel()
+    notebook.run(START)
+    assert notebook.run("print(X().f(), [N for _ in range(1)])") == "1 [5]\n"
+    notebook.run(EDIT.format(2))
+    assert notebook.run("x = X()\nprint(x.f(), X.__module__)") == "2 nanovllm.m\n"
+    notebook.run(EDIT.format(3), at=2)
+    assert notebook.run("print(X().f(), x.f())") == "3 2\n"
+    assert notebook.run("tangle.checkpoint()") == "nanovllm is up to date: m.py\n"
+    assert notebook.run("tangle.checkpoint()") == "nanovllm is up to date\n"
+
+
+def test_the_notebooks_own_names_are_never_hidden(kernel):
+    notebook = kernel()
+    notebook.run(START + "\nN = 'mine'")
+    notebook.run("#| export: nanovllm/m.py\nK = 1\nL = 1")
+    notebook.run("L = 'mine too'")
+    notebook.run("#| export: nanovllm/m.py\nK = 2")
+    assert notebook.run("print(N, K, L)") == "mine 2 mine too\n"
+    assert notebook.run("def X():\n    return 'own'\n\n\nprint(X())") == "own\n"
+    notebook.run("#| export: nanovllm/m.py\nK = 3")
+    assert notebook.run("print(X(), K)") == "own 3\n"
+
+
+def test_a_name_of_two_modules_is_bound_for_neither(kernel):
+    notebook = kernel()
+    notebook.run(START)
+    notebook.run("#| export: nanovllm/other.py\nN = 6")
+    notebook.run("del N\nimport nanovllm.m, nanovllm.other")
+    told = notebook.run("try:\n    N\nexcept NameError as error:\n    print(error)")
+    assert "N is in nanovllm.m and in nanovllm.other: import one\n" in told
+    assert "name 'N' is not defined\n" in told
+    assert notebook.run("#| export: nanovllm/other.py\nM = N\n") == ""
+    assert notebook.run("print(M)") == "6\n"
+
+
+def test_package_that_cannot_be_imported_yet_leaves_everything_as_it_was(kernel):
+    notebook = kernel()
+    notebook.run(OPEN)
+    notebook.run(EDIT.format(2))
+    notebook.run("#| delete: nanovllm/m.py::N")
+    notebook.run("#| export: nanovllm/m.py\nif_n = N")
+    look = "import sys\nprint(X().f(), N, m.X().f(), sys.modules['nanovllm.m'] is m)"
+    told = notebook.run(look)
+    assert told.endswith("2 5 1 True\n") and told.count("\n") == 2
+    assert "can't be imported yet: nanovllm/m.py, line 6: NameError: name 'N'" in told
+    assert notebook.run("del N").endswith("as they are\n")
+    assert notebook.run("print(N)").endswith("as they are\n5\n")
+    notebook.run("#| export: nanovllm/m.py\nN = 7\nif_n = N")
+    assert notebook.run(look) == "2 7 2 True\n"
+
+
+def test_export_cell_keeps_quiet_about_a_package_that_it_does_not_need(kernel):
+    notebook = kernel()
+    notebook.run(OPEN)
+    notebook.run("#| delete: nanovllm/m.py::N")
+    notebook.run("#| export: nanovllm/m.py\nif_n = N")
+    assert notebook.run("#| export: nanovllm/m.py\nimport nanovllm\n\nY = nanovllm") == ""
+    with pytest.raises(Exception, match="Unknown"):
+        notebook.run("#| export: nanovllm/m.py\nZ = Unknown")
+    printed = "".join(o.get("text", "") for o in notebook.notebook.cells[-1].outputs)
+    assert "can't be imported yet" in printed
+
+
+def test_failing_cell_leaves_no_trace_in_the_next(kernel):
+    notebook = kernel()
+    notebook.run(OPEN)
+    with pytest.raises(Exception, match="division"):
+        notebook.run(EDIT.format(2) + "\n\n\nN = 1 / 0")
+    assert notebook.run("print(X().f(), N)") == "1 5\n"
 
 
 def test_an_edit_in_chapter_2_changes_what_the_engine_does():

@@ -1,10 +1,12 @@
 """The progress bar of `generate`."""
 
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from nanovllm.engine.sequence import Sequence
+if TYPE_CHECKING:  # it belongs to chapter 1
+    from nanovllm.engine.sequence import Sequence
 
 INTERVAL = 0.1  # seconds between two looks at all requests
 
@@ -12,7 +14,7 @@ INTERVAL = 0.1  # seconds between two looks at all requests
 class Progress:
     """Counts finished requests and shows prompt and output tokens a second."""
 
-    def __init__(self, seqs: list[Sequence], enabled: bool):
+    def __init__(self, seqs: "list[Sequence]", enabled: bool):
         self.seqs, self.enabled = seqs, enabled
         self.bar = tqdm(total=len(seqs), desc="Generating", disable=not enabled, unit="request")
         self.start = self.last_time = perf_counter()

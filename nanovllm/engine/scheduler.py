@@ -1,22 +1,11 @@
 """Which requests run in the next step, and how many tokens each brings. Plain Python."""
 
 from collections import deque
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-
-
-@dataclass(slots=True)
-class Launched:
-    """A step that the device has been given, and that is not accounted for."""
-
-    seqs: list[Sequence]
-    result: Any  # what the model runner returned for it
-    grows: list[bool]  # does it sample a token that counts for this sequence?
 
 
 class Scheduler:
@@ -41,7 +30,6 @@ class Scheduler:
             if not seq.is_finished:
                 seq.finish("abort", error)
         self.waiting, self.running = deque(), []
-        self.in_flight: deque[Launched] = deque()  # oldest first
         self.block_manager = BlockManager(
             self.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
         )
@@ -126,37 +114,23 @@ class Scheduler:
         self.running.append(seq)
         return seq
 
-    def postprocess(self, seqs: list[Sequence], token_ids: list[int]) -> list[Sequence]:
-        """Account for a step; returns the sequences that gained a token by it, or ended."""
-        if not self.in_flight:  # it was run with nobody waiting
-            self.advance(seqs)
-        now, grown, grows = perf_counter(), [], self.in_flight.popleft().grows
-        for seq, token_id, it_grows in zip(seqs, token_ids, grows, strict=True):
-            if seq.is_finished or not it_grows:
-                continue  # its end was seen while this step ran, or more of the prompt is to come
-            seq.note_time(now)
-            seq.receive(token_id, self.eos_token_ids)
-            self.block_manager.cache_blocks(seq, min(seq.num_computed_tokens, seq.num_known_tokens))
-            grown.append(seq)
+    def postprocess(self, seqs: list[Sequence], token_ids: list[int | None]) -> list[Sequence]:
+        """Hand out a step's tokens; returns the sequences that gained one by it, or ended."""
+        now, grown = perf_counter(), []
+        for seq, token_id in zip(seqs, token_ids, strict=True):
+            if token_id is not None:
+                seq.note_time(now)
+                seq.receive(token_id, self.eos_token_ids)
+                known = min(seq.num_computed_tokens, seq.num_known_tokens)
+                self.block_manager.cache_blocks(seq, known)
+                grown.append(seq)
         for seq in grown:
             if seq.is_finished:
                 self.block_manager.deallocate(seq)
                 if seq in self.waiting:  # preempted while its last token was on the way
                     self.waiting.remove(seq)
         self.running = [seq for seq in self.running if not seq.is_finished]
-        if self.is_finished():
-            self.in_flight.clear()  # what still runs is for nobody
         return grown
-
-    def advance(self, seqs: list[Sequence], result: Any = None) -> None:
-        """A step has been launched: its tokens count as computed, the sampled ones will come."""
-        grows = []
-        for row, seq in enumerate(seqs):
-            seq.num_computed_tokens += seq.num_scheduled_tokens
-            grows.append(seq.num_computed_tokens == len(seq))
-            if grows[-1]:
-                seq.expect_token(row)
-        self.in_flight.append(Launched(seqs, result, grows))
 
     def abort(self, seq_id: int) -> None:
         """Drop an unfinished request; ValueError for an id that is not here."""
@@ -166,7 +140,5 @@ class Scheduler:
                     seq.finish("abort")
                     self.block_manager.deallocate(seq)
                     queue.remove(seq)
-                    if self.is_finished():
-                        self.in_flight.clear()  # what still runs is for nobody
                     return
         raise ValueError(f"request {seq_id} is not in the engine")

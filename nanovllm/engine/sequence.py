@@ -32,7 +32,7 @@ class Sequence:
     error: BaseException | None = None  # what went wrong, if anything did
     arrival_time: float = 0.0  # when it was added, in seconds by time.perf_counter
     detokenizer: Detokenizer | None = None  # where text is wanted before the end
-    outbox: deque[int] | None = None  # tokens for one who reads along, perhaps in another thread
+    unread: deque[int] | None = None  # tokens for one who reads along, perhaps in another thread
     num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
     block_table: list[int] = field(default_factory=list)  # its blocks, in the order of the text
     prefixes: list[Prefix] = field(default_factory=list)  # its full blocks that are in the cache
@@ -147,8 +147,8 @@ class Sequence:
                 reason = "stop"
         except Exception as trouble:
             reason, error = "error", trouble
-        if self.outbox is not None:
-            self.outbox.append(token_id)
+        if self.unread is not None:
+            self.unread.append(token_id)
         if reason is not None:
             self.finish(reason, error)
 

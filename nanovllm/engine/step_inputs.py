@@ -1,14 +1,14 @@
 """A step's inputs, all in one buffer: one copy brings them to the device."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from nanovllm.engine.sequence import Sequence
-
-DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
-ALIGNMENT = 16  # bytes; a kernel is compiled anew for a pointer that is aligned otherwise
+from nanovllm.layers.sampler import is_filtered
 
 
 class Shape(NamedTuple):
@@ -16,6 +16,11 @@ class Shape(NamedTuple):
 
     num_tokens: int
     num_seqs: int
+
+    @classmethod
+    def of(cls, seqs: list[Sequence]) -> "Shape":
+        """The size of the step that these sequences make."""
+        return cls(sum(seq.num_scheduled_tokens for seq in seqs), len(seqs))
 
     @property
     def is_decode(self) -> bool:
@@ -29,6 +34,8 @@ class Shape(NamedTuple):
         )
 
 
+DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
+ALIGNMENT = 16  # bytes; a kernel is compiled anew for a pointer that is aligned otherwise
 Inputs = dict[str, torch.Tensor]
 
 
@@ -36,34 +43,55 @@ class InputLayout:
     """Where in the buffer each input of a step of some shape lies."""
 
     def __init__(self, shape: Shape, max_blocks: int):
-        tokens, seqs = shape
-        self.fields = {  # name: (type, number of elements)
-            "input_ids": (np.int64, tokens),  # -1 - i: what row i of the step before samples
-            "positions": (np.int64, tokens),
-            "slot_mapping": (np.int64, tokens),  # -1: not to be stored
-            "seeds": (np.int64, seqs),
-            "lengths": (np.int64, seqs),  # with the tokens that are not computed
-            "last": (np.int64, seqs),  # which of the step's tokens is the sequence's last
-            "temperatures": (np.float32, seqs),
-            "context_lens": (np.int32, seqs),  # 0: a row that is padding
-            "cu_seqlens": (np.int32, seqs + 1),
-            "order": (np.int32, seqs),  # the decodes, the longest first
-            "block_tables": (np.int32, seqs * max_blocks),  # -1: no block
+        tokens, seqs = (shape.num_tokens,), (shape.num_seqs,)
+        self.fields = {  # name: (type, shape, what the padding is)
+            "input_ids": (np.int64, tokens, 0),  # -1 - i: what row i of the step before samples
+            "positions": (np.int64, tokens, 0),
+            "slot_mapping": (np.int64, tokens, -1),  # -1: not to be stored
+            "seeds": (np.int64, seqs, 0),
+            "lengths": (np.int64, seqs, 0),  # with the tokens that are not computed
+            "top_ks": (np.int64, seqs, 0),
+            "last": (np.int64, seqs, 0),  # which of the step's tokens is the sequence's last
+            "temperatures": (np.float32, seqs, 0),
+            "top_ps": (np.float32, seqs, 1),
+            "context_lens": (np.int32, seqs, 0),
+            "cu_seqlens": (np.int32, (shape.num_seqs + 1,), 0),
+            "order": (np.int32, seqs, 0),  # the decodes, the longest first
+            "block_tables": (np.int32, (shape.num_seqs, max_blocks), -1),  # -1: no block
         }
-        self.offsets, self.num_bytes = {}, 0
-        for name, (kind, count) in self.fields.items():
-            self.offsets[name] = self.num_bytes
-            self.num_bytes += -(-count * np.dtype(kind).itemsize // ALIGNMENT) * ALIGNMENT
+        self.spans, self.num_bytes = {}, 0
+        for name, (kind, size, _) in self.fields.items():
+            stop = self.num_bytes + prod(size) * np.dtype(kind).itemsize
+            self.spans[name] = slice(self.num_bytes, stop)
+            self.num_bytes = -(-stop // ALIGNMENT) * ALIGNMENT
 
-    def views(self, buffer: np.ndarray | torch.Tensor) -> dict[str, Any]:
-        """The inputs in a buffer of bytes: arrays in an array, tensors in a tensor."""
-        is_tensor, at = isinstance(buffer, torch.Tensor), self.offsets
+    def arrays(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """The inputs in a buffer of bytes on the host."""
         return {
-            name: buffer[at[name] : at[name] + count * np.dtype(kind).itemsize].view(
-                DTYPES[kind] if is_tensor else kind
-            )
-            for name, (kind, count) in self.fields.items()
+            name: buffer[self.spans[name]].view(kind).reshape(size)
+            for name, (kind, size, _) in self.fields.items()
         }
+
+    def tensors(self, buffer: torch.Tensor) -> Inputs:
+        """The inputs in a buffer of bytes on the device."""
+        return {
+            name: buffer[self.spans[name]].view(DTYPES[kind]).view(size)
+            for name, (kind, size, _) in self.fields.items()
+        }
+
+
+@dataclass(slots=True)
+class Step:
+    """A step as it is launched: what it takes is in it, and no sequence any more."""
+
+    shape: Shape  # with its padding
+    num_seqs: int  # without
+    num_decodes: int  # the rows in front, which bring one token each
+    max_new: int  # the most tokens that a sequence brings
+    all_greedy: bool
+    filtered: list[int]  # the rows that ask for top-k or top-p
+    layout: InputLayout
+    host: torch.Tensor  # the inputs as they lie in `layout`, [num_bytes] uint8
 
 
 def scheduled_tokens(seqs: list[Sequence]) -> list[int]:
@@ -93,3 +121,77 @@ def slot_mapping(
     block = tables[row, position // block_size].astype(np.int64)
     slot = block * block_size + position % block_size
     return np.where((block < 0) | (position < kept[row]), -1, slot)
+
+
+def prepare_decode(put: dict[str, np.ndarray], seqs: list[Sequence], block_size: int) -> None:
+    """The first rows: sequences that bring one token each."""
+    n, row = len(seqs), np.arange(len(seqs))
+    position = np.array([seq.num_computed_tokens for seq in seqs], dtype=np.int64)
+    put["input_ids"][:n] = scheduled_tokens(seqs)
+    put["positions"][:n] = position
+    tables = put["block_tables"][:n]
+    put["slot_mapping"][:n] = slot_mapping(seqs, tables, row, position, block_size)
+    put["context_lens"][:n] = position + 1
+    put["cu_seqlens"][1 : n + 1] = row + 1
+
+
+def prepare_prefill(
+    put: dict[str, np.ndarray], seqs: list[Sequence], first: int, block_size: int
+) -> None:
+    """The rows from `first` on, behind as many decodes: sequences that bring several tokens."""
+    start = np.array([seq.num_computed_tokens for seq in seqs], dtype=np.int64)
+    count = np.array([seq.num_scheduled_tokens for seq in seqs], dtype=np.int64)
+    stop = count.cumsum()
+    row = np.repeat(np.arange(len(seqs)), count)  # whose each token is
+    position = np.arange(len(row)) + (start - stop + count)[row]
+    tokens, rows = slice(first, first + len(row)), slice(first, first + len(seqs))
+    put["input_ids"][tokens] = scheduled_tokens(seqs)
+    put["positions"][tokens] = position
+    tables = put["block_tables"][rows]
+    put["slot_mapping"][tokens] = slot_mapping(seqs, tables, row, position, block_size)
+    put["context_lens"][rows] = start + count
+    put["cu_seqlens"][first + 1 : first + 1 + len(seqs)] = first + stop
+
+
+HOTTEST = np.finfo(np.float32).max  # a higher temperature would be infinite on the device
+
+
+def prepare_sample(put: dict[str, np.ndarray], seqs: list[Sequence]) -> None:
+    """How each sequence's token is to be chosen."""
+    n, params = len(seqs), [seq.params for seq in seqs]
+    put["seeds"][:n] = [seq.seed for seq in seqs]
+    put["lengths"][:n] = [len(seq) for seq in seqs]
+    put["temperatures"][:n] = np.minimum([p.temperature for p in params], HOTTEST)
+    put["top_ks"][:n] = [p.top_k for p in params]
+    put["top_ps"][:n] = [p.top_p for p in params]
+
+
+class Packer:
+    """Lays out steps, each in a buffer of its own on the host."""
+
+    def __init__(self, block_size: int, max_blocks: int, pin_memory: bool):
+        self.block_size, self.max_blocks = block_size, max_blocks
+        self.pin_memory = pin_memory
+
+    def pack(self, seqs: list[Sequence], shape: Shape) -> Step:
+        """The step of these sequences, padded to `shape`; without any, all of it is padding."""
+        layout = InputLayout(shape, self.max_blocks)
+        host = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=self.pin_memory)
+        put = layout.arrays(host.numpy())
+        for name, (_, _, padding) in layout.fields.items():
+            put[name].fill(padding)
+        for table, seq in zip(put["block_tables"], seqs, strict=False):
+            table[: len(seq.block_table)] = seq.block_table
+        n, counts = len(seqs), [seq.num_scheduled_tokens for seq in seqs]
+        num_decodes, max_new = counts.count(1), max(counts, default=shape.num_tokens)
+        prepare_decode(put, seqs[:num_decodes], self.block_size)
+        prepare_prefill(put, seqs[num_decodes:], num_decodes, self.block_size)
+        prepare_sample(put, seqs)
+        put["last"][:n] = put["cu_seqlens"][1 : n + 1] - 1
+        put["cu_seqlens"][n + 1 :] = sum(counts)
+        if shape.is_decode:
+            num_decodes = shape.num_seqs  # padding is a decode with nothing to see
+        put["order"][:num_decodes] = np.argsort(-put["context_lens"][:num_decodes])
+        all_greedy = n > 0 and all(seq.params.temperature == 0 for seq in seqs)
+        filtered = [row for row, seq in enumerate(seqs) if is_filtered(seq.params)]
+        return Step(shape, n, num_decodes, max_new, all_greedy, filtered, layout, host)

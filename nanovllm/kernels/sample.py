@@ -105,8 +105,7 @@ def sample(
     logits: [num_seqs, vocab_size], contiguous; temperatures: [num_seqs] float32; seeds, positions:
     [num_seqs] int64 -> token_ids: [num_seqs] int64, -1 for a row that holds a NaN.
     """
-    parts = sample_parts(logits, temperatures, seeds, positions)
-    return sample_best(parts, temperatures)
+    return sample_best(sample_parts(logits, temperatures, seeds, positions), temperatures)
 
 
 def sample_parts(

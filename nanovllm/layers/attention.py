@@ -91,9 +91,9 @@ def prefill_attention(
     scale: float,
 ) -> torch.Tensor:
     """The sequences that bring several tokens, one at a time."""
-    outputs = []
-    for i in range(context.num_decodes, len(context.context_lens)):
-        start, stop = context.cu_seqlens[i : i + 2]
+    outputs, (_, starts) = [], context.lists()
+    for i in range(context.num_decodes, len(context.block_tables)):
+        start, stop = starts[i : i + 2]
         k, v = gather_kv(k_cache, v_cache, context.slots(i, i + 1, k_cache.shape[1]))
         outputs.append(causal_attention(q[start:stop], k[0], v[0], scale))
     return torch.cat(outputs)
@@ -113,12 +113,13 @@ def decode_attention(
     """
     n, (num_heads, head_dim) = context.num_decodes, q.shape[1:]
     k, v = gather_kv(k_cache, v_cache, context.slots(0, n, k_cache.shape[1]))
-    if context.mask is not None:  # what is hidden may be another request's, and 0 * NaN is NaN
-        hidden = ~context.mask[:, 0, 0, :, None, None]  # [n, longest, 1, 1]
+    mask = context.decode_mask()
+    if mask is not None:  # what is hidden may be another request's, and 0 * NaN is NaN
+        hidden = ~mask[:, 0, 0, :, None, None]  # [n, longest, 1, 1]
         k, v = k.masked_fill_(hidden, 0), v.masked_fill_(hidden, 0)
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # [n, num_kv_heads, longest, head_dim]
     q = q[:n].view(n, k.shape[1], -1, head_dim)  # [n, num_kv_heads, group, head_dim]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=scale)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.reshape(n, num_heads, head_dim)
 
 
@@ -158,7 +159,7 @@ def triton_attention(
 ) -> torch.Tensor:
     """Decodes and prompts by this project's kernels."""
     out, n, tables = torch.empty_like(q), context.num_decodes, context.block_tables
-    lens, starts = context.lens, context.starts
+    lens, starts = context.context_lens, context.cu_seqlens
     if n > 0:
         more = dict(order=context.order, counters=context.counters)
         paged_decode_attention(q, k_cache, v_cache, tables[:n], lens, scale, out, **more)
@@ -180,7 +181,7 @@ def flash_attention(
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
     out, n, tables = torch.empty_like(q), context.num_decodes, context.block_tables
-    lens, starts = context.lens, context.starts
+    lens, starts = context.context_lens, context.cu_seqlens
     if n > 0:
         settings = dict(softmax_scale=scale, causal=True, block_table=tables[:n])
         out[:n] = flash_attn_with_kvcache(

@@ -26,25 +26,6 @@ def rope_frequencies(
     raise ValueError(f"rope_type {kind!r} is not supported: default, linear or yarn")
 
 
-class RotaryEmbedding(nn.Module):
-    """The table of cosines and sines, one row a position (Su et al. 2021)."""
-
-    def __init__(
-        self, head_dim: int, theta: float, max_position: int, scaling: dict, num_positions: int
-    ):
-        super().__init__()
-        frequencies, factor = rope_frequencies(head_dim, theta, max_position, scaling)
-        positions = torch.arange(num_positions, dtype=torch.float32)
-        angles = torch.outer(positions, frequencies.to(positions.device))
-        # [num_positions, 2, 1, head_dim / 2]: cos and sin of a position lie side by side
-        table = torch.stack((angles.cos(), angles.sin()), dim=1).unsqueeze(2) * factor
-        self.register_buffer("cos_sin", table, persistent=False)
-
-    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions: [num_tokens] -> the same, and the table in which they are rows"""
-        return positions, self.cos_sin
-
-
 def yarn_frequencies(
     frequencies: torch.Tensor, theta: float, max_position: int, scaling: dict
 ) -> tuple[torch.Tensor, float]:
@@ -75,3 +56,22 @@ def yarn_frequencies(
             temperature(mscale) / temperature(mscale_all) if both else temperature(1.0)
         )
     return frequencies * (1 - stretch) + frequencies / factor * stretch, attention_factor
+
+
+class RotaryEmbedding(nn.Module):
+    """The table of cosines and sines, one row a position (Su et al. 2021)."""
+
+    def __init__(
+        self, head_dim: int, theta: float, max_position: int, scaling: dict, num_positions: int
+    ):
+        super().__init__()
+        frequencies, factor = rope_frequencies(head_dim, theta, max_position, scaling)
+        positions = torch.arange(num_positions, dtype=torch.float32)
+        angles = torch.outer(positions, frequencies.to(positions.device))
+        # [num_positions, 2, 1, head_dim / 2]: cos and sin of a position lie side by side
+        table = torch.stack((angles.cos(), angles.sin()), dim=1).unsqueeze(2) * factor
+        self.register_buffer("cos_sin", table, persistent=False)
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions: [num_tokens] -> the same, and the table in which they are rows"""
+        return positions, self.cos_sin

@@ -1,10 +1,10 @@
 """What attention needs to know about the batch that is being run."""
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -21,43 +21,42 @@ class Context:
 
     slot_mapping: torch.Tensor  # [num_tokens] int64: each token's slot; -1 is nobody's
     block_tables: torch.Tensor  # [num_seqs, max_blocks]; -1: no block
-    context_lens: list[int]  # tokens that each sequence's newest token sees, itself included
-    mask: torch.Tensor | None = None  # decode: [num_decodes, 1, 1, max_context_len]; None: see all
+    context_lens: torch.Tensor  # [num_seqs]: tokens that the newest token sees, itself included
+    cu_seqlens: torch.Tensor  # [num_seqs + 1]: sequence i brings the tokens [cu[i], cu[i + 1])
     num_decodes: int = 0
-    cu_seqlens: list[int] | None = None  # sequence i owns tokens [cu[i], cu[i + 1]); None: one each
-    known_slots: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-    lens: torch.Tensor | None = None  # context_lens on the device, [num_seqs] int32
-    starts: torch.Tensor | None = None  # cu_seqlens on the device, [num_seqs + 1] int32
+    max_new: int = 1  # the most tokens that a sequence brings
+    known: dict[Any, Any] = field(default_factory=dict)  # what all layers of a step ask for
     order: torch.Tensor | None = None  # the decodes, the longest first, [num_decodes] int32
     counters: torch.Tensor | None = None  # zeros that decode attention leaves zero, int32
 
-    @property
-    def max_new(self) -> int:
-        """The most tokens that a sequence brings."""
-        return max((b - a for a, b in itertools.pairwise(self.cu_seqlens)), default=0)
-
-    def __post_init__(self):
-        """What kernels read has to lie on the device before the step begins."""
-        if self.lens is None:
-            kind = dict(dtype=torch.int32, device=self.slot_mapping.device)
-            self.lens = torch.tensor(self.context_lens, **kind)
-            self.order = self.lens[: self.num_decodes].argsort(descending=True).int()
-            self.counters = torch.zeros(NUM_COUNTERS, **kind)
-            if self.cu_seqlens is not None:
-                self.starts = torch.tensor(self.cu_seqlens, **kind)
+    def lists(self) -> tuple[list[int], list[int]]:
+        """`context_lens` and `cu_seqlens` for a loop on the host; the device is asked once."""
+        if "lists" not in self.known:
+            self.known["lists"] = self.context_lens.tolist(), self.cu_seqlens.tolist()
+        return self.known["lists"]
 
     def slots(self, start: int, stop: int, block_size: int) -> torch.Tensor:
         """Where the tokens of sequences start … stop - 1 lie, [stop - start, longest] int64.
 
-        Where there is no block, some slot that exists: a mask hides what lies there. All layers of
-        a step ask the same, so the answer is kept.
+        Where there is no block, some slot that exists: a mask hides what lies there.
         """
-        if (start, stop) not in self.known_slots:
-            tables, lens = self.block_tables[start:stop], self.context_lens[start:stop]
+        if (start, stop) not in self.known:
+            tables, lens = self.block_tables[start:stop], self.lists()[0][start:stop]
             position = torch.arange(max(lens), device=tables.device)
-            blocks = tables[:, position // block_size].clamp(min=0)
-            self.known_slots[start, stop] = blocks * block_size + position % block_size
-        return self.known_slots[start, stop]
+            blocks = tables[:, position // block_size].long().clamp(min=0)
+            self.known[start, stop] = blocks * block_size + position % block_size
+        return self.known[start, stop]
+
+    def decode_mask(self) -> torch.Tensor | None:
+        """True where a decode has a token, [num_decodes, 1, 1, longest]; None: all are as long."""
+        if "mask" not in self.known:
+            lens, mask = self.lists()[0][: self.num_decodes], None
+            if min(lens) < max(lens):
+                column = torch.arange(max(lens), device=self.context_lens.device)
+                mask = column < self.context_lens[: self.num_decodes].unsqueeze(1)
+                mask = mask[:, None, None]
+            self.known["mask"] = mask
+        return self.known["mask"]
 
 
 # Each thread has its own: engines in several threads run at the same time.

@@ -1,4 +1,4 @@
-"""Checkpoints: where they lie, and how their tensors reach the model."""
+"""How a checkpoint's tensors reach the model."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,11 +9,39 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-import nanovllm
-from nanovllm.config import read_json
+from nanovllm.utils.checkpoint import read_json
 from nanovllm.utils.errors import as_value_error
 
-BUNDLED_MODEL = Path(nanovllm.__path__[0]) / "tiny"
+INDEX = "model.safetensors.index.json"
+
+
+def files_of_tensors(folder: Path) -> dict[str, str]:
+    """Tensor name -> name of its file. ValueError where two files are as good, or there is none.
+
+    In the order of transformers: model.safetensors alone; else the files that an index names,
+    each for the tensors that the index assigns to it; else all files of the folder together.
+    """
+    with as_value_error(f"{folder} can't be read"):
+        is_whole = (folder / "model.safetensors").is_file()
+        every = sorted(path.name for path in folder.glob("*.safetensors"))
+        is_sharded = not is_whole and (folder / INDEX).is_file()
+    if is_sharded:
+        files = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+            raise ValueError(f"{folder / INDEX} has no weight_map of names to files")
+        return files
+    files = {}
+    for file in ["model.safetensors"] if is_whole else every:
+        with as_value_error(f"{folder / file} can't be read"):
+            with safe_open(folder / file, framework="pt") as tensors:
+                names = list(tensors.keys())
+        for name in names:
+            if name in files:
+                raise ValueError(f"{folder}: {name} stands in {files[name]} and in {file}")
+            files[name] = file
+    if not files:
+        raise ValueError(f"{folder} has no *.safetensors: there are no weights to load")
+    return files
 
 
 def load_model(model: nn.Module, folder: Path) -> None:
@@ -98,63 +126,6 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
             with as_value_error(f"{folder / file}: {name} can't be read"):
                 stored = tensors.get_slice(name)
             yield name, stored
-
-
-INDEX = "model.safetensors.index.json"
-
-
-def files_of_tensors(folder: Path) -> dict[str, str]:
-    """Tensor name -> name of its file. ValueError where two files are as good, or there is none.
-
-    In the order of transformers: model.safetensors alone; else the files that an index names,
-    each for the tensors that the index assigns to it; else all files of the folder together.
-    """
-    with as_value_error(f"{folder} can't be read"):
-        is_whole = (folder / "model.safetensors").is_file()
-        every = sorted(path.name for path in folder.glob("*.safetensors"))
-        is_sharded = not is_whole and (folder / INDEX).is_file()
-    if is_sharded:
-        files = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-            raise ValueError(f"{folder / INDEX} has no weight_map of names to files")
-        return files
-    files = {}
-    for file in ["model.safetensors"] if is_whole else every:
-        with as_value_error(f"{folder / file} can't be read"):
-            with safe_open(folder / file, framework="pt") as tensors:
-                names = list(tensors.keys())
-        for name in names:
-            if name in files:
-                raise ValueError(f"{folder}: {name} stands in {files[name]} and in {file}")
-            files[name] = file
-    if not files:
-        raise ValueError(f"{folder} has no *.safetensors: there are no weights to load")
-    return files
-
-
-# What a checkpoint is made of. A name with a folder in it matches too: chat templates are in two
-# places, chat_template.jinja and additional_chat_templates/.
-FETCHED = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
-
-
-def find_checkpoint(model: str | None) -> Path:
-    """The folder of a checkpoint: the bundled one, a local one, or one fetched from the hub.
-
-    ValueError where there is no such folder and nothing of that name can be fetched.
-    """
-    if model is None:
-        return BUNDLED_MODEL
-    with as_value_error(f"model {model!r} can't be looked up"):  # a home of nobody, no permission
-        folder = Path(model).expanduser()
-        if folder.is_dir():
-            return folder
-        is_hub_name = not folder.exists() and model.count("/") == 1
-    if not is_hub_name or model.startswith((".", "/", "~")):
-        raise ValueError(f"model {model!r} is not a folder")
-    from huggingface_hub import snapshot_download
-
-    with as_value_error(f"model {model!r} is neither a folder nor fetched"):
-        return Path(snapshot_download(model, allow_patterns=FETCHED))
 
 
 def fill_with_noise(model: nn.Module, seed: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -164,3 +165,22 @@ def grow(manager: BlockManager, seq: Sequence, *token_ids: int) -> None:
 def hits(manager: BlockManager, token_ids) -> int:
     """How many tokens of a text are in the cache; the cache is left as it was."""
     return len(manager.match(make_seq(token_ids))) * manager.block_size
+
+
+class Sampled:
+    """A step's result that is there."""
+
+    def __init__(self, token_ids: list[int]):
+        self.numbers = token_ids
+
+    def token_ids(self) -> list[int]:
+        return self.numbers
+
+
+def account(scheduler, seqs: list, token_ids: list[int]) -> list:
+    """What follows a step that has run: the scheduler is told, through the pipeline if any."""
+    if importlib.util.find_spec("nanovllm.engine.pipeline") is None:
+        return scheduler.postprocess(seqs, token_ids)
+    pipeline = importlib.import_module("nanovllm.engine.pipeline").Pipeline()
+    pipeline.push(seqs, Sampled(token_ids))
+    return scheduler.postprocess(*pipeline.pop())

@@ -1,6 +1,8 @@
 """An engine survives its interruptions, and several live side by side."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -123,6 +125,15 @@ def test_a_failed_construction_leaves_the_defaults_and_the_next_engine_alone(tmp
     assert torch.get_default_dtype() == torch.float32
     llm = make_llm()
     assert len(llm.generate("Hello", GREEDY, use_tqdm=False)[0]["token_ids"]) == 12
+
+
+def test_exit_gives_the_model_back_though_its_runner_is_still_held():
+    llm = build()
+    runner, model = llm.model_runner, weakref.ref(llm.model_runner.model)
+    llm.generate("Hello", GREEDY, use_tqdm=False)
+    llm.exit()
+    gc.collect()
+    assert model() is None and runner is not None
 
 
 def test_exit_twice_is_fine_and_use_after_it_is_an_error():

@@ -156,7 +156,7 @@ def test_logits_that_are_no_numbers_end_their_own_request_alone(scripted):
 
 
 def test_the_type_of_a_piece_says_what_it_holds(llm):
-    from nanovllm.engine.llm_engine import RequestOutput, StreamPiece
+    from nanovllm.engine.outputs import RequestOutput, StreamPiece
 
     pieces = list(llm.stream("Hello", SamplingParams(max_tokens=5, ignore_eos=True)))
     for piece in pieces[:-1]:

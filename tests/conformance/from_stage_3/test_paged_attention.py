@@ -65,17 +65,12 @@ def scattered(
     ends = torch.tensor([num_new for num_new, _ in spans]).cumsum(0).tolist()
     lens = [num_tokens for _, num_tokens in spans]
     num_decodes = sum(num_new == 1 for num_new, _ in spans)
-    mask = None  # which stands for: see all
-    if len({*lens[:num_decodes]}) > 1:
-        mask = torch.arange(max(lens[:num_decodes])) < torch.tensor(lens[:num_decodes])[:, None]
-        mask = mask[:, None, None]
     context = Context(
         slot_mapping=torch.tensor(slots),
         block_tables=torch.tensor([t + [0] * (max(needed) - len(t)) for t in tables]),
-        context_lens=lens,
-        mask=mask,
+        context_lens=torch.tensor(lens),
+        cu_seqlens=torch.tensor([0, *ends]),
         num_decodes=num_decodes,
-        cu_seqlens=[0, *ends] if num_decodes < len(spans) else None,
     )
     return torch.cat(queries), k_cache, v_cache, context, torch.cat(expected)
 

@@ -52,7 +52,7 @@ def watch(llm, monkeypatch, number: int, victim: list[int], kept: int) -> list[d
 
     def watched(seqs):
         (seq,) = (seq for seq in seqs if seq.prompt_token_ids == victim)
-        table, pool = seq.block_table, llm.model_runner.kv_cache[:, :, : llm.num_blocks]
+        table, pool = seq.block_table, llm.model_runner.kv_cache[:, :, : llm.limits.num_blocks]
         if len(steps) == number:
             seq.block_table = table[:kept]
         before, own = pool.clone(), set()
@@ -81,7 +81,8 @@ def test_a_row_without_its_blocks_leaves_the_others_alone(
 ):
     """A prompt's row, or a decode's: the others get their tokens, and write their own slots."""
     with engine(**OPTIONS) as llm:
-        llm.model_runner.kv_cache.normal_(generator=torch.Generator().manual_seed(0))
+        cache = llm.model_runner.kv_cache
+        cache.normal_(generator=torch.Generator(cache.device).manual_seed(0))
         steps = watch(llm, monkeypatch, number, PROMPTS[victim], kept)
         found = tokens(llm, PROMPTS)
     others = [i for i in range(len(PROMPTS)) if i != victim]

@@ -20,6 +20,7 @@ from memory import (
 )
 
 from nanovllm import LLM
+from nanovllm.engine.outputs import metrics_of
 
 PROMPTS = random_prompts((9, 30, 9, 21), 1536, seed=20)
 PARAMS = varied((24, 18, 24, 3))
@@ -183,4 +184,4 @@ def test_a_request_without_a_token_has_no_times():
     with engine() as llm:
         seq = llm.add(llm.make_sequence(PROMPTS[0], greedy(6)))
         llm.abort(seq.seq_id)
-        assert list(llm.output(seq)["metrics"].values()) == [None, None, 0, 0]
+        assert list(metrics_of(seq).values()) == [None, None, 0, 0]

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from memory import HASHES, num_free
+from memory import HASHES, account, num_free
 
 from nanovllm import SamplingParams
 from nanovllm.config import Config
@@ -250,7 +250,7 @@ class Operations(RuleBasedStateMachine):
         """Those whose text is computed to its end gain a token, and perhaps finish by it."""
         before = {seq: list(seq.token_ids) for seq in scheduled}
         ends = [s for s in scheduled if s.num_scheduled_tokens == s.num_missing_tokens]
-        assert self.scheduler.postprocess(scheduled, token_ids[: len(scheduled)]) == ends
+        assert account(self.scheduler, scheduled, token_ids[: len(scheduled)]) == ends
         for seq, token_id in zip(scheduled, token_ids):
             assert seq.token_ids == before[seq] + [token_id] * (seq in ends)
             if seq in ends:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from memory import make_seq
+from memory import account, make_seq
 
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Scheduler
@@ -15,7 +15,7 @@ SIZE = 16
 def step(scheduler: Scheduler) -> None:
     """One step whose sampled tokens are all 0."""
     seqs = scheduler.schedule()
-    scheduler.postprocess(seqs, [0] * len(seqs))
+    account(scheduler, seqs, [0] * len(seqs))
 
 
 @pytest.mark.parametrize("num_known", [0, 1, 10, 30])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from memory import block_manager, check_books, check_empty, engine, unfinished
 
 from nanovllm import LLM
+from nanovllm.engine.outputs import output_of
 
 
 def pipelined(**options):
@@ -15,12 +16,11 @@ def pipelined(**options):
 def check_in_flight(llm: LLM) -> None:
     """The books are right, and placeholders are only where a token is on the way."""
     check_books(llm)
-    scheduler = llm.scheduler
-    assert len(scheduler.in_flight) < llm.config.max_in_flight
+    assert len(llm.pipeline) < llm.config.max_in_flight
     for seq in unfinished(llm):
         rows = [
             step.seqs.index(seq)
-            for step in scheduler.in_flight
+            for step in llm.pipeline.steps
             if seq in step.seqs and step.grows[step.seqs.index(seq)]
         ]
         assert seq.token_ids[seq.num_known_tokens :] == [-1 - row for row in rows]
@@ -34,7 +34,9 @@ def check_in_flight(llm: LLM) -> None:
 def check_done(llm: LLM) -> None:
     """No request, no step, no owned block is left."""
     check_empty(llm)
-    assert not llm.scheduler.in_flight
+    if llm.model_runner is not None:  # else it has exited
+        assert llm.step() == []  # which forgets what still runs for nobody
+    assert not llm.pipeline
 
 
 def serve(llm: LLM, prompts, params, between=lambda llm: None) -> list[dict]:
@@ -52,7 +54,7 @@ def serve(llm: LLM, prompts, params, between=lambda llm: None) -> list[dict]:
 def result(llm: LLM, seq) -> dict:
     """A finished request's output without its times."""
     assert seq.num_pending_tokens == 0 and min(seq.token_ids) >= 0
-    output = llm.output(seq)
+    output = output_of(seq, llm.tokenizer)
     del output["metrics"]
     return output
 

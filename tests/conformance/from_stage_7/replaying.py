@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanovllm import LLM
-from nanovllm.engine import model_runner
+from nanovllm.engine import graphs
 
 
 class Replayed:
@@ -23,7 +23,7 @@ class Replayed:
 
 
 def capture(step: Callable[[], torch.Tensor], pool: None) -> tuple[Replayed, torch.Tensor]:
-    """In the place of `model_runner.capture`."""
+    """In the place of `graphs.capture`."""
     graph = Replayed(step)
     return graph, graph.hidden
 
@@ -35,8 +35,8 @@ def record(llm: LLM, sizes: tuple[int, ...], most: int = 512) -> None:
     """
     runner = llm.model_runner
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_runner, "capture", capture)
-        patch.setattr(model_runner, "PREFILL_SIZES", sizes)
+        patch.setattr(graphs, "capture", capture)
+        patch.setattr(graphs, "PREFILL_SIZES", sizes)
         shapes = runner.graph_shapes(llm.config)
         runner.capture_cudagraph([shape for shape in shapes if shape.num_seqs <= most])
 
@@ -44,7 +44,7 @@ def record(llm: LLM, sizes: tuple[int, ...], most: int = 512) -> None:
 def replays(llm: LLM) -> dict[tuple[int, int], int]:
     """How often each shape has been replayed since the last call; without those that were not."""
     counts = {}
-    for shape, recorded in llm.model_runner.graphs.items():
+    for shape, recorded in llm.model_runner.graphs.recorded.items():
         if recorded.graph.num_replays:
             counts[tuple(shape)] = recorded.graph.num_replays
             recorded.graph.num_replays = 0

@@ -27,7 +27,8 @@ from memory import block_manager, free_ids, greedy
 import nanovllm.kernels
 from nanovllm import LLM, SamplingParams
 from nanovllm.bench import SHAPES
-from nanovllm.engine import model_runner
+from nanovllm.engine import graphs
+from nanovllm.engine.step_inputs import Shape
 
 pytestmark = pytest.mark.gpu
 NUM_REQUESTS = int(os.environ.get("NANOVLLM_REQUESTS", 300))
@@ -123,9 +124,9 @@ class Counted:
 
 def count_replays(llm: LLM) -> dict:
     """For each recorded shape the graph in its place, which counts from now on."""
-    for recorded in llm.model_runner.graphs.values():
+    for recorded in llm.model_runner.graphs.recorded.values():
         recorded.graph = Counted(recorded.graph)
-    return {shape: recorded.graph for shape, recorded in llm.model_runner.graphs.items()}
+    return {shape: recorded.graph for shape, recorded in llm.model_runner.graphs.recorded.items()}
 
 
 def test_steps_are_replayed_where_they_are_recorded():
@@ -141,7 +142,7 @@ def test_steps_are_replayed_where_they_are_recorded():
             for graph in graphs.values():
                 graph.num_replays = 0
     with on_gpu(max_num_seqs=40, enforce_eager=True) as llm:
-        assert llm.model_runner.graphs == {}
+        assert llm.model_runner.graphs.recorded == {}
 
 
 @pytest.mark.parametrize("max_model_len", [16, 250, 1024])
@@ -167,13 +168,14 @@ def test_a_step_that_is_padded_writes_only_its_own_slots(monkeypatch):
     with on_gpu(
         async_scheduling=False, kvcache_block_size=size, num_kvcache_blocks=64, max_num_seqs=8
     ) as llm:
-        runner, shapes, shape_for = llm.model_runner, [], llm.model_runner.shape_for
+        runner, shapes = llm.model_runner, []
+        shape_for = runner.graphs.shape_for
 
-        def watched(seqs):
-            shapes.append(shape_for(seqs))
+        def watched(step):
+            shapes.append(shape_for(step))
             return shapes[-1]
 
-        monkeypatch.setattr(runner, "shape_for", watched)
+        monkeypatch.setattr(runner.graphs, "shape_for", watched)
         generator = torch.Generator("cuda").manual_seed(0)
         runner.kv_cache.normal_(generator=generator)
         for prompt in random_prompts((3, 5, 9, 15, 20), 1536, seed=73):
@@ -191,7 +193,7 @@ def test_a_step_that_is_padded_writes_only_its_own_slots(monkeypatch):
             for part in changed.flatten(0, 1):  # of every layer, the keys and the values
                 assert set(part.flatten(1).any(1).nonzero().flatten().tolist()) == own
         assert [tuple(shape) for shape in shapes] == [(64, 8)] + [(8, 8)] * 3
-        assert set(shapes) <= set(runner.graphs)
+        assert set(shapes) <= set(runner.graphs.recorded)
         for seq in seqs:
             llm.abort(seq.seq_id)
 
@@ -224,7 +226,7 @@ def test_no_step_compiles_a_kernel_or_records_a_graph(compiled, monkeypatch, dty
     with on_gpu(kvcache_block_size=16, num_kvcache_blocks=4000, **options) as llm:
         assert len(set(compiled)) > 5, "or nothing was counted"
         compiled.clear()
-        monkeypatch.setattr(model_runner, "capture", None)
+        monkeypatch.setattr(graphs, "capture", None)
         longest = llm.max_model_len - 41
         for number in (1, 2, 3, 5, 7, 13, 30, 90, 230):
             asked = [drawn(1000 * number + i, random, shared) for i in range(number)]
@@ -307,7 +309,7 @@ def test_engines_one_after_another_have_the_same_room():
     before, sizes, found = free_memory(), [], []
     for _ in range(3):
         with on_gpu() as llm:
-            sizes.append(llm.num_blocks)
+            sizes.append(llm.limits.num_blocks)
             found.append(tokens(llm, *requests(20)))
     assert found[0] == found[1] == found[2] == expected(40)[:20]
     assert max(sizes) - min(sizes) <= 0.01 * max(sizes), sizes
@@ -340,9 +342,9 @@ def test_bfloat16_logits_are_close_to_the_reference(bundled, monkeypatch, batch)
         runner, run, logits = llm.model_runner, llm.model_runner.run, {}
 
         def recording(seqs):
-            result, shape = run(seqs), runner.shape_for(seqs)
+            result, shape = run(seqs), runner.graphs.shape_for(Shape.of(seqs))
             with torch.inference_mode():
-                rows = runner.model.compute_logits(runner.graphs[shape].hidden)
+                rows = runner.model.compute_logits(runner.graphs.recorded[shape].hidden)
             for seq, row in zip(seqs, rows, strict=False):
                 logits.setdefault(seq.seq_id, []).append(row.float().cpu())
             return result

@@ -114,7 +114,7 @@ def forward(llm, patch, broken) -> None:
 
 def prepare(llm, patch, broken) -> None:
     """Before anything of a step has reached the device."""
-    patch.setattr(ModelRunner, "fill_inputs", broken)
+    patch.setattr(ModelRunner, "pack", broken)
 
 
 def read(llm, patch, broken) -> None:

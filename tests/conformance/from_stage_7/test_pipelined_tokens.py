@@ -119,7 +119,7 @@ def test_two_steps_are_in_flight():
             llm.add_request([5], greedy(9))
             llm.step()
             (seq,) = unfinished(llm)
-            assert len(llm.scheduler.in_flight) == seq.num_pending_tokens == asynchronous
+            assert len(llm.pipeline) == seq.num_pending_tokens == asynchronous
             assert seq.num_completion_tokens == 1 and len(seq.completion_token_ids) == 1
             llm.abort(seq.seq_id)
 
@@ -249,7 +249,7 @@ def test_the_blocks_of_an_ended_request_are_free_at_once():
         )
         while not first.is_finished:
             llm.step()
-        (overrun,) = llm.scheduler.in_flight
+        (overrun,) = llm.pipeline.steps
         assert overrun.seqs == [first] and num_free(block_manager(llm)) == 1
         assert min(first.token_ids) >= 0 and first.num_pending_tokens == 0
         assert llm.step() == [] and second.is_running, "the overrun is dropped, the next runs"

@@ -28,6 +28,7 @@ from memory import HASHES
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.pipeline import Pipeline
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.turns import Turns
@@ -131,6 +132,7 @@ def make_engine(random: Random) -> LLM:
     num_blocks = max(random.choice((*range(1, 13), 100, 200)), -(-2 // size))
     llm.scheduler = Scheduler(llm.config, num_blocks, (EOS,))
     llm.model_runner = PlainModel(size, random.randrange(10**6))
+    llm.pipeline = Pipeline()
     llm.requests, llm.turns, llm.tokenizer = {}, Turns(llm.fail_all), None
     return llm
 

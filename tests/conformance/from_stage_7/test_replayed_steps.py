@@ -142,9 +142,9 @@ def test_a_row_without_its_tokens_leaves_the_others_in_place(folder, victim):
     for seq in seqs:
         seq.num_computed_tokens, seq.num_scheduled_tokens = len(seq) - 1, 1
     del seqs[victim].token_ids[-1]
-    runner.fill_inputs(seqs, Shape(4, 4))
+    step = runner.packer.pack(seqs, Shape(4, 4))
     expected = [0 if row == victim else -1 - row for row in range(3)] + [0]
-    assert runner.inputs(Shape(4, 4))["input_ids"].tolist() == expected
+    assert runner.receive(step)["input_ids"].tolist() == expected
 
 
 # ---- What is on its way ----

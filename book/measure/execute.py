@@ -1,7 +1,7 @@
 """Execute notebooks in place, and keep what is stored in them clean.
 
-    python book/execute.py [notebook ...]          execute, then store
-    python book/execute.py --check [notebook ...]  look only, execute nothing
+    python book/measure/execute.py [notebook ...]          execute, then store
+    python book/measure/execute.py --check [notebook ...]  look only, execute nothing
 
 Without a name it takes every notebook of chapters/ and book/. Each one runs from a fresh
 kernel in its own folder. It is stored only when it is clean: no error, no warning, no path of
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LANGUAGE = {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"}
 VOLATILE = {"ExecuteTime", "collapsed", "execution", "papermill", "scrolled", "vscode"}

@@ -1,4 +1,4 @@
-"""Draw the book's diagrams: `python book/diagrams.py` writes book/figures/*.svg.
+"""Draw the book's diagrams: `python book/figures/diagrams.py` writes the pictures here.
 
 Those of chapters 1 and 2 are here, those of chapters 3 to 5 in diagrams_blocks.py,
 those of chapters 6 and 7 in diagrams_kernels.py.

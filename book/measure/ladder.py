@@ -1,9 +1,9 @@
 """The ladder: the same workload on the package as of every chapter.
 
-    python book/ladder.py                       measure on this machine, then draw
-    python book/ladder.py --shape qwen3-0.6b    on a published shape with random weights
-    python book/ladder.py --first 2 --workload standard     without the chapters before
-    python book/ladder.py --plot-only           draw what was measured before
+    python book/measure/ladder.py                       measure on this machine, then draw
+    python book/measure/ladder.py --shape qwen3-0.6b    on a published shape with random weights
+    python book/measure/ladder.py --first 2 --workload standard     without the chapters before
+    python book/measure/ladder.py --plot-only           draw what was measured before
 
 Each run is a fresh process. The order alternates (1, 2, … K, K, … 2, 1), so that a machine whose
 speed drifts treats all stages alike. Reported is the median over the rounds.
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from math import ceil, floor, log10
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "chapters"))
 
 import tangle  # noqa: E402
@@ -32,19 +32,19 @@ RATES = ("output_tokens_per_s", "single_stream_tokens_per_s", "prefill_tokens_pe
 FIGURES = (*RATES, "time_to_first_token_ms", "floor_s", "construct_s", "peak_memory_bytes")
 
 
-def titles() -> list[str]:
-    """The chapters' titles, from their first cells."""
-    names = []
+def titles() -> dict[int, str]:
+    """The chapters' titles by number, from their first cells; 0 is no rung."""
+    names = {}
     for path in tangle.chapters():
         first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]
-        names.append("".join(first).split("\n")[0].lstrip("# "))
-    return names
+        names[tangle.number(path)] = "".join(first).split("\n")[0].lstrip("# ")
+    return {k: title for k, title in names.items() if k > 0}
 
 
 def measure(rounds: int, first_chapter: int, arguments: list[str]) -> Iterator[dict]:
     """Run the benchmark on the stages from one on; after each run, what is known by then."""
     names = titles()
-    results: dict[int, list[dict]] = {k: [] for k in range(first_chapter, len(names) + 1)}
+    results: dict[int, list[dict]] = {k: [] for k in names if k >= first_chapter}
     with tempfile.TemporaryDirectory() as folder:
         stages = {k: Path(folder) / str(k) for k in results}
         for k, out in stages.items():
@@ -64,7 +64,7 @@ def measure(rounds: int, first_chapter: int, arguments: list[str]) -> Iterator[d
                 yield summary({k: runs for k, runs in results.items() if runs}, names)
 
 
-def summary(results: dict[int, list[dict]], names: list[str]) -> dict:
+def summary(results: dict[int, list[dict]], names: dict[int, str]) -> dict:
     """Medians and extremes of each stage's runs."""
     first = next(iter(results.values()))[0]
     rungs = []
@@ -72,7 +72,7 @@ def summary(results: dict[int, list[dict]], names: list[str]) -> dict:
         spread = {name: [run[name] for run in runs] for name in FIGURES}
         rung = {name: statistics.median(values) for name, values in spread.items()}
         rung["least_and_most"] = {name: [min(spread[name]), max(spread[name])] for name in RATES}
-        rungs.append({"chapter": k, "title": names[k - 1], **rung})
+        rungs.append({"chapter": k, "title": names[k], **rung})
     workload = {**first["workload"], "output_tokens": first["output_tokens"]}
     return {
         "model": first["model"],
@@ -121,14 +121,14 @@ def main() -> None:
     parser.add_argument("--workload", default="small", help="standard or small (default: small)")
     parser.add_argument("--shape", help="a published shape with random weights, e.g. qwen3-0.6b")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--out", type=Path, default=ROOT / "book/data/ladder.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "book/measure/ladder.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "book/figures/ladder.svg")
     parser.add_argument("--plot-only", action="store_true", help="draw what --out holds")
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
-    if not 1 <= args.first <= len(titles()):
-        parser.error(f"--first must be a chapter from 1 to {len(titles())}")
+    if args.first not in titles():
+        parser.error(f"--first must be a chapter from 1 to {max(titles())}")
     if not args.plot_only:
         arguments = ["--workload", args.workload, "--device", args.device]
         arguments += ["--shape", args.shape] if args.shape else []

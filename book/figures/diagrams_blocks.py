@@ -30,7 +30,7 @@ from drawing import (
     line,
 )
 
-TOKENIZER = Path(__file__).resolve().parents[1] / "nanovllm/tiny/tokenizer.json"
+TOKENIZER = Path(__file__).resolve().parents[2] / "nanovllm/tiny/tokenizer.json"
 BLOCK_SIZE = 4
 
 

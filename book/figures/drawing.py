@@ -16,11 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "chapters"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "chapters"))
 
 from plotting import AFTER, INK, SOFT, use_style
 
-FIGURES = Path(__file__).resolve().parent / "figures"
+FIGURES = Path(__file__).resolve().parent
 WIDTH = 700
 
 NOW = "#F2A93B"  # computed in this step
@@ -117,7 +117,6 @@ def chain(
 
 def save(draw: Callable[[], Axes]) -> None:
     """Write a diagram as book/figures/<its name>.svg."""
-    FIGURES.mkdir(exist_ok=True)
     path = FIGURES / f"{draw.__name__}.svg"
     metadata = {"Date": None, "Creator": None, "Title": draw.__doc__}
     with matplotlib.rc_context(matplotlib.rcParamsDefault):

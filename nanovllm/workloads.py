@@ -1,0 +1,72 @@
+"""What the benchmark runs: published shapes, and two workloads."""
+
+from dataclasses import dataclass
+from random import Random
+
+from nanovllm.sampling_params import SamplingParams
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": 151645,
+}
+
+
+def qwen3_shape(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> dict:
+    """The config.json of a published Qwen3 size."""
+    return {
+        **QWEN3,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "tie_word_embeddings": tied,
+    }
+
+
+SHAPES = {
+    "qwen3-0.6b": qwen3_shape(1024, 3072, 28, 16, tied=True),
+    "qwen3-1.7b": qwen3_shape(2048, 6144, 28, 16, tied=True),
+    "qwen3-4b": qwen3_shape(2560, 9728, 36, 32, tied=True),
+    "qwen3-8b": qwen3_shape(4096, 12288, 36, 32, tied=False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests of random length, and the sizes of the single-request measurements."""
+
+    num_requests: int
+    input_len: tuple[int, int]  # fewest and most prompt tokens
+    output_len: tuple[int, int]
+    prefill: tuple[int, int]  # prompts, and tokens in each
+    single: tuple[int, int]  # prompt tokens, output tokens
+
+    def requests(self, vocab_size: int) -> tuple[list[list[int]], list[SamplingParams]]:
+        """Prompts and parameters; the lengths depend on no model, the tokens fit the vocabulary."""
+        random = Random(0)
+        prompts = [
+            [random.randint(0, 10000) % vocab_size for _ in range(random.randint(*self.input_len))]
+            for _ in range(self.num_requests)
+        ]
+        params = [
+            SamplingParams(
+                temperature=0.6, ignore_eos=True, max_tokens=random.randint(*self.output_len)
+            )
+            for _ in range(self.num_requests)
+        ]
+        return prompts, params
+
+
+WORKLOADS = {
+    # What this field measures with: 142,827 prompt tokens and 133,966 output tokens.
+    "standard": Workload(256, (100, 1024), (100, 1024), prefill=(64, 1024), single=(512, 256)),
+    # Small enough for an engine that recomputes everything on a laptop.
+    "small": Workload(16, (16, 128), (16, 128), prefill=(8, 256), single=(128, 64)),
+}
