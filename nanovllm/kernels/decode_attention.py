@@ -35,6 +35,24 @@ def decode_tile(
     return new_best, total, mean
 
 
+@triton.jit
+def decode_part(
+    queries, k_cache, v_cache, table, start, stop, kv_head, scale,
+    BLOCK_SIZE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Each row's maximum, sum and mean over the tokens from `start` up to `stop`."""
+    best = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mean = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    for at in range(start, stop, TILE):
+        best, total, mean = decode_tile(
+            best, total, mean, queries, k_cache, v_cache, table, at, stop, kv_head, scale,
+            BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, TILE,
+        )  # fmt: skip
+    return best, total, mean / tl.where(total > 0, total, 1.0)[:, None]
+
+
 CHUNK = tl.constexpr(32)  # parts that are joined at a time
 
 
@@ -113,15 +131,10 @@ def decode_kernel(
     table = block_tables + seq.to(tl.int64) * table_stride
     wait_for_inputs(PDL)
     queries = tl.load(q + q_row, mask=is_head, other=0.0)
-    best = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    mean = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    for at in range(start, stop, TILE):
-        best, total, mean = decode_tile(
-            best, total, mean, queries, k_cache, v_cache, table, at, stop, kv_head, scale,
-            BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, TILE,
-        )  # fmt: skip
-    mean = mean / tl.where(total > 0, total, 1.0)[:, None]
+    best, total, mean = decode_part(
+        queries, k_cache, v_cache, table, start, stop, kv_head, scale,
+        BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, ROWS, TILE,
+    )  # fmt: skip
     if not IS_SPLIT:
         tl.store(out + q_row, mean.to(out.dtype.element_ty), mask=is_head)
     else:
@@ -137,6 +150,17 @@ def splits_for(rows: int, device: torch.device) -> int:
     """1 where every multiprocessor has two programs without; else so many that it has four."""
     processors = num_processors(device)
     return 1 if rows >= 2 * processors else min(processors // 2, 4 * processors // rows)
+
+
+def room_for_parts(
+    q: torch.Tensor, splits: int, rows: int, group: int, counters: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Memory for the parts' means and weights, and counters for `rows` contexts."""
+    partial = q.new_empty((splits, rows, group, q.shape[2]), dtype=torch.float32)
+    lse = q.new_empty((splits, rows, group), dtype=torch.float32)
+    if counters is None or len(counters) < rows:
+        counters = q.new_zeros(rows, dtype=torch.int32)
+    return partial, lse, counters
 
 
 LOG2_E = 1.4426950408889634
@@ -157,29 +181,23 @@ def paged_decode_attention(
     """Flash-decoding (Dao et al. 2023) over a paged cache.
 
     q: [num_tokens, num_heads, head_dim], of which the first num_seqs are looked at -> `out`, the
-    same shape; k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim]; block_tables:
-    [num_seqs, max_blocks]; context_lens: [num_seqs] int32, 0 for a row that is padding (its output
-    is 0). head_dim is a power of two. Each context is cut into `num_splits` parts, which run side
-    by side. `order`: [num_seqs] int32, in which to begin; the longest first leaves the least wait
-    at the end. It and the lengths are read early: see `wait_for_inputs`. `counters`: zeros,
-    [num_seqs * num_kv_heads or more] int32, which the kernel leaves zero; calls that share them
-    must not overlap.
+    same shape; k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], the last a power
+    of two; block_tables: [num_seqs, max_blocks]; context_lens: [num_seqs] int32, 0 for padding,
+    whose output is 0. `order`: [num_seqs] int32, in which to begin: the longest first leaves the
+    least wait at the end. It and the lengths are read early: see `wait_for_inputs`. `counters`:
+    zeros, [num_seqs * num_kv_heads] int32 or more, left zero; calls that share them must not
+    overlap.
     """
-    num_heads, head_dim = q.shape[1:]
-    block_size, num_kv_heads = k_cache.shape[1:3]
-    group = num_heads // num_kv_heads
-    rows, pdl = len(block_tables) * num_kv_heads, overlaps(q)
+    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+    rows, group = len(block_tables) * num_kv_heads, q.shape[1] // num_kv_heads
     splits = splits_for(rows, q.device) if num_splits is None else num_splits
-    is_ordered = order is not None and splits == 1
+    is_ordered, pdl = order is not None and splits == 1, overlaps(q)
     # Measured: small tiles, for more parts, where a few sequences have the chip to themselves.
     tile, stages = (64, 3) if splits <= 16 and q.element_size() == 2 else (32, 2)
     out = torch.empty_like(q) if out is None else out
     partial = lse = out  # where nothing is split, nobody uses them
     if splits > 1:
-        partial = q.new_empty((splits, rows, group, head_dim), dtype=torch.float32)
-        lse = q.new_empty((splits, rows, group), dtype=torch.float32)
-        if counters is None or len(counters) < rows:
-            counters = q.new_zeros(rows, dtype=torch.int32)
+        partial, lse, counters = room_for_parts(q, splits, rows, group, counters)
     decode_kernel[rows, splits](
         out, partial, lse, counters if splits > 1 else context_lens,
         q, k_cache, v_cache, block_tables, context_lens, order if is_ordered else context_lens,

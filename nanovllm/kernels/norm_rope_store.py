@@ -39,6 +39,13 @@ def norm_weights(q_weight, k_weight, is_q, at):
 
 
 @triton.jit
+def store_halves(where, x1, x2, mask, HALF: tl.constexpr):
+    """The two halves of each row, one behind the other."""
+    tl.store(where, x1, mask=mask)
+    tl.store(where + HALF, x2, mask=mask)
+
+
+@triton.jit
 def copy_values(
     v_cache, v, slot, first,
     NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, V_ROWS: tl.constexpr, DIM: tl.constexpr,
@@ -88,13 +95,9 @@ def norm_rope_store_kernel(
         x1 = (x1 * norm * weights1).to(kind).to(tl.float32)
         x2 = (x2 * norm * weights2).to(kind).to(tl.float32)
     y1, y2 = (x1 * cos - x2 * sin).to(kind), (x2 * cos + x1 * sin).to(kind)
-    q_at = q + (token * NUM_HEADS + head) * DIM + channel
-    tl.store(q_at, y1, mask=is_q)
-    tl.store(q_at + HALF, y2, mask=is_q)
-    k_at = k_cache + (slot * NUM_KV_HEADS + kv_head) * DIM + channel
-    kept = is_k & (slot >= 0)
-    tl.store(k_at, y1, mask=kept)
-    tl.store(k_at + HALF, y2, mask=kept)
+    store_halves(q + (token * NUM_HEADS + head) * DIM + channel, y1, y2, is_q, HALF)
+    where = k_cache + (slot * NUM_KV_HEADS + kv_head) * DIM + channel
+    store_halves(where, y1, y2, is_k & (slot >= 0), HALF)
     values = heads + (NUM_HEADS + NUM_KV_HEADS) * DIM
     copy_values(v_cache, values, slot, first, NUM_KV_HEADS, HEADS, V_ROWS, DIM)
 
