@@ -97,6 +97,7 @@ def layers(dtype: torch.dtype, hidden: int, heads: int, kv_heads: int, head_dim:
         qkv = torch.zeros(n, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
         one, angles = torch.ones(head_dim, dtype=dtype), torch.zeros(9, 2, 1, head_dim // 2)
         norm_rope_store(qkv, one, one, 1e-6, slots, angles, *caches, slots)
+        norm_rope_store(qkv, None, None, 0.0, slots, angles, *caches, slots)
     for silu in (False, True):
         weight = torch.zeros(3 * hidden, hidden, dtype=dtype)
         small_linear(torch.zeros(2, hidden, dtype=dtype), weight, silu)

@@ -211,20 +211,20 @@ class PagedBatch:
     def on_device(numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=DEV)
 
-    def context(self, num_decodes: int = 0) -> Context:
+    def context(self, num_decodes: int = 0, device: torch.device = DEV) -> Context:
         """The batch for `paged_attention`; its first `num_decodes` spans bring one token each."""
         return Context(
-            slot_mapping=torch.zeros(len(self.q), dtype=torch.int64, device=DEV),
-            block_tables=self.tables.long(),
-            context_lens=torch.tensor(self.lens),
-            cu_seqlens=torch.tensor(self.starts),
+            slot_mapping=torch.zeros(len(self.q), dtype=torch.int64, device=device),
+            block_tables=self.tables.long().to(device),
+            context_lens=self.on_device(self.lens).to(device),
+            cu_seqlens=self.on_device(self.starts).to(device),
             num_decodes=num_decodes,
+            max_new=max(num_new for num_new, _ in self.spans),
         )
 
     def expected(self, num_decodes: int = 0) -> Tensor:
         """The twin's answer, from the same caches, NaN and all."""
-        context = self.context(num_decodes)
-        context.block_tables = context.block_tables.cpu()
+        context = self.context(num_decodes, torch.device("cpu"))
         q, k_cache, v_cache = exact(self.q, self.k_cache, self.v_cache)
         return paged_attention(q, k_cache, v_cache, context, self.scale)
 

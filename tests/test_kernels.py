@@ -40,9 +40,9 @@ from nanovllm.kernels.decode_attention import paged_decode_attention
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
 from nanovllm.kernels.resolve_tokens import resolve_tokens
-from nanovllm.kernels.sample import sample
+from nanovllm.kernels.sample import sample, sample_best, sample_parts
 from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_torch
-from nanovllm.kernels.small_linear import MAX_TOKENS, small_linear, small_linear_torch
+from nanovllm.kernels.small_linear import MAX_TOKENS, linear, small_linear
 from nanovllm.kernels.store_kvcache import store_kvcache
 from nanovllm.layers.attention import paged_attention
 from nanovllm.layers.sampler import SamplingTensors, exponential_noise, sample_torch
@@ -128,8 +128,21 @@ def test_small_linear(rows, size, num_tokens, silu, dtype):
     with kernels():
         found = small_linear(x, weight, silu)
     measure = 2.0 if silu else size**0.5
-    expected = small_linear_torch(*exact(x, weight), silu)
+    expected = torch.nn.functional.linear(*exact(x, weight))
+    expected = silu_and_mul_torch(expected) if silu else expected
     check(padded(found, measure), padded(expected, measure), factor=3 if silu else 1)
+
+
+@each_dtype
+@pytest.mark.parametrize("num_tokens", [1, MAX_TOKENS, MAX_TOKENS + 1])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
+def test_linear_of_any_number_of_tokens(has_bias, num_tokens, dtype):
+    x, weight, bias = (randn(*shape, dtype=dtype) for shape in ((num_tokens, 96), (13, 96), (13,)))
+    bias = bias if has_bias else None
+    with kernels():
+        found = linear(x, weight, bias)
+    expected = torch.nn.functional.linear(*exact(x, weight), *exact(bias) if has_bias else ())
+    check(padded(found, 96**0.5), padded(expected, 96**0.5), factor=3)
 
 
 # Into the cache
@@ -158,21 +171,23 @@ def test_store_kvcache(block_size, heads, dim, num_tokens, slot_dtype, dtype):
     [(1, 4, 4, 64), (6, 4, 2, 128), (6, 6, 2, 64), (6, 4, 1, 32), (1, 8, 1, 64), (6, 6, 3, 64)]
     + [(6, 4, 2, 96), (513, 6, 3, 32)],
 )
-def test_norm_rope_store(num_tokens, heads, kv_heads, dim, dtype):
+@pytest.mark.parametrize("has_norm", [True, False], ids=["norm", "no norm"])
+def test_norm_rope_store(has_norm, num_tokens, heads, kv_heads, dim, dtype):
     """96 channels are no power of two: there the twin does the work, and the store is a kernel."""
     shape, eps = (80, 7, kv_heads, dim), 0.1
     (k_cache, k_before), (v_cache, v_before) = (cache_and_copy(shape, dtype) for _ in range(2))
     qkv = randn(num_tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
-    q_weight, k_weight = (randn(dim, dtype=dtype) for _ in range(2))
+    weights = [randn(dim, dtype=dtype) if has_norm else None for _ in range(2)]
     angles = torch.rand(50, 1, dim // 2) * 6.3
     cos_sin = guarded(torch.stack((angles.cos(), angles.sin()), dim=1) * 1.2)
     at = torch.randint(50, (num_tokens,)).to(DEV)
     slots = some_slots(num_tokens, 80 * 7, torch.int64)
     with kernels():
         caches = k_cache, v_cache
-        q = norm_rope_store(qkv, q_weight, k_weight, eps, at, cos_sin, *caches, slots)
+        q = norm_rope_store(qkv, *weights, eps, at, cos_sin, *caches, slots)
     k, v = (torch.zeros(num_tokens, 1, kv_heads, dim, dtype=torch.float64) for _ in range(2))
-    inputs = *exact(qkv, q_weight, k_weight), eps, at.cpu(), cos_sin.cpu()
+    weights = exact(*weights) if has_norm else weights
+    inputs = *exact(qkv), *weights, eps, at.cpu(), cos_sin.cpu()
     check(q, norm_rope_store_torch(*inputs, k, v, torch.arange(num_tokens)))
     check_stored(k_cache, k_before, slots, k[:, 0], factor=1.0)
     check_stored(v_cache, v_before, slots, v[:, 0].to(dtype))
@@ -391,6 +406,25 @@ def test_sample(vocab_size, temperature, dtype):
     logits = (torch.randn(n, vocab_size) * 2).to(dtype)
     positions = torch.randint(0, 2**20, (n,))
     draw(logits, torch.full((n,), temperature), wide_integers(n), positions)
+
+
+@pytest.mark.parametrize("cuts", [(2048,), (700, 4500), (1, 2049)], ids=str)
+def test_parts_of_a_vocabulary_that_lies_in_several_places_give_the_same_token(cuts):
+    """Each place knows its own columns; the parts of all of them, side by side, are enough."""
+    logits = torch.randn(9, 5000)
+    logits[7, 4999] = logits[8] = torch.nan
+    temperatures = torch.tensor([0.0, 1e-30, 0.1, 0.6, 1.0, 2.0, 5.0, 1.0, 0.0]).to(DEV)
+    seeds, positions = wide_integers(9).to(DEV), torch.arange(9).to(DEV)
+    places = list(zip((0, *cuts), (*cuts, 5000)))
+    with kernels():
+        expected = sample(guarded(logits), temperatures, seeds, positions)
+        found = [
+            sample_parts(guarded(logits[:, a:b]), temperatures, seeds, positions, a)
+            for a, b in places
+        ]
+        parts = tuple(guarded(torch.cat(part, dim=1)) for part in zip(*found))
+        assert sample_best(parts, temperatures).tolist() == expected.tolist()
+    assert expected.tolist()[7:] == [-1, -1]
 
 
 def test_sample_a_batch_of_many_temperatures():

@@ -18,7 +18,7 @@ from nanovllm.engine.step_inputs import InputLayout, Inputs, Packer, Shape, Step
 from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.layers.attention import Attention, choose_backend
 from nanovllm.layers.sampler import ROWS, Sampler, SamplingTensors, sample_torch
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.context import NUM_COUNTERS, Context, set_context
 from nanovllm.utils.loader import fill_with_noise, load_model
@@ -65,7 +65,8 @@ class ModelRunner:
         self.max_num_seqs = min(config.max_num_seqs, self.max_num_tokens)
         self.reserved_at_start = reserved_memory(self.device)
         with self.device, DefaultDtype(config.torch_dtype):
-            self.model = Qwen3ForCausalLM(model_config, num_positions=max_model_len)
+            model_class = MODELS[model_config.architecture]
+            self.model = model_class(model_config, num_positions=max_model_len)
         self.model.requires_grad_(False).eval()
         if config.load_format == "dummy":
             fill_with_noise(self.model)

@@ -6,56 +6,19 @@ import torch.nn.functional as F
 from nanovllm.kernels.jit import overlaps, tl, triton, uses_triton, wait_for_inputs
 from nanovllm.kernels.store_kvcache import store_kvcache
 
-FEW_TOKENS = 512  # up to here a program takes one key head, for there are few programs
-
-
-def norm_rope_store(
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    eps: float,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> torch.Tensor:
-    """Normalise each query and key, turn them by their position, store keys and values.
-
-    qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; q_weight, k_weight:
-    [head_dim]; positions, slot_mapping: [num_tokens]; cos_sin: [num_positions, 2, 1, head_dim / 2]
-    float32; k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
-    Returns the queries, [num_tokens, num_heads, head_dim].
-    """
-    head_dim, num_kv_heads = len(q_weight), k_cache.shape[2]
-    if not uses_triton(qkv) or head_dim & (head_dim - 1):
-        return norm_rope_store_torch(
-            qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping
-        )
-    num_tokens, num_heads = len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads
-    q, pdl = qkv.new_empty((num_tokens, num_heads, head_dim)), overlaps(qkv)
-    group = num_heads // num_kv_heads
-    many = num_tokens > FEW_TOKENS  # then a program takes all heads of a token
-    heads = num_kv_heads if many else 1
-    norm_rope_store_kernel[num_tokens, num_kv_heads // heads](
-        q, qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping,
-        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEADS=heads,
-        ROWS=triton.next_power_of_2(heads * (group + 1)), V_ROWS=triton.next_power_of_2(heads),
-        HALF=head_dim // 2, PDL=pdl, launch_pdl=pdl, num_warps=4 if many else 1,
-    )  # fmt: skip
-    return q
-
 
 def norm_rope_store_torch(
     qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping
 ) -> torch.Tensor:
-    """The same in torch."""
-    head_dim, num_kv_heads = len(q_weight), k_cache.shape[2]
+    """The same as `norm_rope_store` in torch."""
+    num_kv_heads, head_dim = k_cache.shape[2:]
     qkv = qkv.view(len(qkv), -1, head_dim)
     q, k, v = qkv.split((qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)
+    if q_weight is not None:
+        q = F.rms_norm(q, (head_dim,), q_weight, eps)
+        k = F.rms_norm(k, (head_dim,), k_weight, eps)
     cos, sin = cos_sin[positions].unbind(1)
-    q = apply_rotary(F.rms_norm(q, (head_dim,), q_weight, eps), cos, sin)
-    k = apply_rotary(F.rms_norm(k, (head_dim,), k_weight, eps), cos, sin)
+    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
     store_kvcache(k, v, k_cache, v_cache, slot_mapping)
     return q
 
@@ -70,10 +33,36 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 @triton.jit
+def norm_weights(q_weight, k_weight, is_q, at):
+    """The weights of channels `at` for rows that are queries or keys."""
+    return tl.where(is_q, tl.load(q_weight + at), tl.load(k_weight + at)).to(tl.float32)
+
+
+@triton.jit
+def store_halves(where, x1, x2, mask, HALF: tl.constexpr):
+    """The two halves of each row, one behind the other."""
+    tl.store(where, x1, mask=mask)
+    tl.store(where + HALF, x2, mask=mask)
+
+
+@triton.jit
+def copy_values(
+    v_cache, v, slot, first,
+    NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, V_ROWS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """A token's values, from key head `first` on, into its slot."""
+    row, channel = tl.arange(0, V_ROWS)[:, None], tl.arange(0, DIM)[None, :]
+    head = first + row
+    value = tl.load(v + head * DIM + channel, mask=row < HEADS)
+    where = v_cache + (slot * NUM_KV_HEADS + head) * DIM + channel
+    tl.store(where, value, mask=(row < HEADS) & (slot >= 0))
+
+
+@triton.jit
 def norm_rope_store_kernel(
     q, qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-    V_ROWS: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
+    V_ROWS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a token and HEADS key heads: their queries, keys and values.
 
@@ -88,32 +77,67 @@ def norm_rope_store_kernel(
     kv_head, member = first + row // (GROUP + 1), row % (GROUP + 1)
     is_q, is_k = there & (member < GROUP), there & (member == GROUP)
     head = tl.where(is_q, kv_head * GROUP + member, NUM_HEADS + kv_head)
-    zero = tl.zeros([ROWS, HALF], tl.int32)
-    left, right = zero + channel, zero + channel + HALF
-    weights1 = tl.where(is_q, tl.load(q_weight + left), tl.load(k_weight + left)).to(tl.float32)
-    weights2 = tl.where(is_q, tl.load(q_weight + right), tl.load(k_weight + right)).to(tl.float32)
+    if NORM:
+        left = tl.zeros([ROWS, HALF], tl.int32) + channel
+        weights1 = norm_weights(q_weight, k_weight, is_q, left)
+        weights2 = norm_weights(q_weight, k_weight, is_q, left + HALF)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     angle = cos_sin + tl.load(positions + token).to(tl.int64) * DIM + channel
     cos, sin = tl.load(angle), tl.load(angle + HALF)
     wait_for_inputs(PDL)
-    x = qkv + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * DIM + head * DIM + channel
+    heads = qkv + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * DIM
+    x = heads + head * DIM + channel
     x1 = tl.load(x, mask=there, other=0.0).to(tl.float32)
     x2 = tl.load(x + HALF, mask=there, other=0.0).to(tl.float32)
-    norm = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / DIM + eps)[:, None]
     kind = q.dtype.element_ty  # each step is rounded where torch rounds it
-    x1 = (x1 * norm * weights1).to(kind).to(tl.float32)
-    x2 = (x2 * norm * weights2).to(kind).to(tl.float32)
+    if NORM:
+        norm = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / DIM + eps)[:, None]
+        x1 = (x1 * norm * weights1).to(kind).to(tl.float32)
+        x2 = (x2 * norm * weights2).to(kind).to(tl.float32)
     y1, y2 = (x1 * cos - x2 * sin).to(kind), (x2 * cos + x1 * sin).to(kind)
-    q_at = q + (token * NUM_HEADS + head) * DIM + channel
-    tl.store(q_at, y1, mask=is_q)
-    tl.store(q_at + HALF, y2, mask=is_q)
-    k_at = k_cache + (slot * NUM_KV_HEADS + kv_head) * DIM + channel
-    kept = is_k & (slot >= 0)
-    tl.store(k_at, y1, mask=kept)
-    tl.store(k_at + HALF, y2, mask=kept)
-    v_row, whole = tl.arange(0, V_ROWS)[:, None], tl.arange(0, DIM)[None, :]
-    v_head = first + v_row
-    v = qkv + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + NUM_HEADS + NUM_KV_HEADS + v_head) * DIM
-    value = tl.load(v + whole, mask=v_row < HEADS)
-    v_at = v_cache + (slot * NUM_KV_HEADS + v_head) * DIM
-    tl.store(v_at + whole, value, mask=(v_row < HEADS) & (slot >= 0))
+    store_halves(q + (token * NUM_HEADS + head) * DIM + channel, y1, y2, is_q, HALF)
+    where = k_cache + (slot * NUM_KV_HEADS + kv_head) * DIM + channel
+    store_halves(where, y1, y2, is_k & (slot >= 0), HALF)
+    values = heads + (NUM_HEADS + NUM_KV_HEADS) * DIM
+    copy_values(v_cache, values, slot, first, NUM_KV_HEADS, HEADS, V_ROWS, DIM)
+
+
+FEW_TOKENS = 512  # up to here a program takes one key head, for there are few programs
+
+
+def norm_rope_store(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """Normalise each query and key, turn them by their position, store keys and values.
+
+    qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; q_weight, k_weight:
+    [head_dim], or None for no norm; positions, slot_mapping: [num_tokens]; cos_sin: [num_positions,
+    2, 1, head_dim / 2] float32; k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+    Returns the queries, [num_tokens, num_heads, head_dim].
+    """
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    if not uses_triton(qkv) or head_dim & (head_dim - 1):
+        return norm_rope_store_torch(
+            qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping
+        )
+    num_tokens, num_heads = len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads
+    q, pdl = qkv.new_empty((num_tokens, num_heads, head_dim)), overlaps(qkv)
+    group = num_heads // num_kv_heads
+    many = num_tokens > FEW_TOKENS  # then a program takes all heads of a token
+    heads = num_kv_heads if many else 1
+    norm_rope_store_kernel[num_tokens, num_kv_heads // heads](
+        q, qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping,
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEADS=heads,
+        ROWS=triton.next_power_of_2(heads * (group + 1)), V_ROWS=triton.next_power_of_2(heads),
+        HALF=head_dim // 2, NORM=q_weight is not None, PDL=pdl, launch_pdl=pdl,
+        num_warps=4 if many else 1,
+    )  # fmt: skip
+    return q

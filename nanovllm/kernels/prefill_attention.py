@@ -5,6 +5,44 @@ import torch
 from nanovllm.kernels.jit import overlaps, tl, triton, wait_for_inputs
 
 
+@triton.jit
+def attend(
+    best, total, mean, queries, k_cache, v_cache, table, at, position, context_len, kv_head, scale,
+    BLOCK_SIZE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys and values into the running maximum, sum and mean of each query row.
+
+    A block of -1 is no address: a row that has lost its blocks reads some that exist.
+    """
+    channel, column = tl.arange(0, HEAD_DIM), tl.arange(0, TILE)
+    if BLOCK_SIZE % TILE == 0:  # the tile lies in one block
+        block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
+        slot = tl.maximum(block, 0) * BLOCK_SIZE + at % BLOCK_SIZE + column
+    else:
+        place = tl.minimum(at + column, context_len - 1)
+        block = tl.load(table + place // BLOCK_SIZE).to(tl.int64)
+        slot = tl.maximum(block, 0) * BLOCK_SIZE + place % BLOCK_SIZE
+    where = (slot[:, None] * NUM_KV_HEADS + kv_head) * HEAD_DIM + channel[None, :]
+    if MASKED:
+        there = (at + column < context_len)[:, None]
+        keys = tl.load(k_cache + where, mask=there, other=0.0)
+        values = tl.load(v_cache + where, mask=there, other=0.0)
+    else:
+        keys = tl.load(k_cache + where)
+        values = tl.load(v_cache + where)
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    if MASKED:
+        scores = tl.where(at + column[None, :] <= position[:, None], scores, -float("inf"))
+    new_best = tl.maximum(best, tl.max(scores, axis=1))
+    shrink = tl.exp2(best - new_best)
+    probs = tl.exp2(scores - new_best[:, None])
+    total = total * shrink + tl.sum(probs, axis=1)
+    mean = mean * shrink[:, None]
+    mean = tl.dot(probs.to(values.dtype), values, mean, input_precision="ieee")
+    return new_best, total, mean
+
+
 @triton.jit(do_not_specialize=["table_stride", "first_seq"])
 def prefill_kernel(
     out, q, k_cache, v_cache, block_tables, context_lens, cu_seqlens, scale, table_stride,
@@ -45,44 +83,6 @@ def prefill_kernel(
             )  # fmt: skip
         mean = mean / total[:, None]
         tl.store(out + q_row, mean.to(out.dtype.element_ty), mask=is_new)
-
-
-@triton.jit
-def attend(
-    best, total, mean, queries, k_cache, v_cache, table, at, position, context_len, kv_head, scale,
-    BLOCK_SIZE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    TILE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys and values into the running maximum, sum and mean of each query row.
-
-    A block of -1 is no address: a row that has lost its blocks reads some that exist.
-    """
-    channel, column = tl.arange(0, HEAD_DIM), tl.arange(0, TILE)
-    if BLOCK_SIZE % TILE == 0:  # the tile lies in one block
-        block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
-        slot = tl.maximum(block, 0) * BLOCK_SIZE + at % BLOCK_SIZE + column
-    else:
-        place = tl.minimum(at + column, context_len - 1)
-        block = tl.load(table + place // BLOCK_SIZE).to(tl.int64)
-        slot = tl.maximum(block, 0) * BLOCK_SIZE + place % BLOCK_SIZE
-    where = (slot[:, None] * NUM_KV_HEADS + kv_head) * HEAD_DIM + channel[None, :]
-    if MASKED:
-        there = (at + column < context_len)[:, None]
-        keys = tl.load(k_cache + where, mask=there, other=0.0)
-        values = tl.load(v_cache + where, mask=there, other=0.0)
-    else:
-        keys = tl.load(k_cache + where)
-        values = tl.load(v_cache + where)
-    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-    if MASKED:
-        scores = tl.where(at + column[None, :] <= position[:, None], scores, -float("inf"))
-    new_best = tl.maximum(best, tl.max(scores, axis=1))
-    shrink = tl.exp2(best - new_best)
-    probs = tl.exp2(scores - new_best[:, None])
-    total = total * shrink + tl.sum(probs, axis=1)
-    mean = mean * shrink[:, None]
-    mean = tl.dot(probs.to(values.dtype), values, mean, input_precision="ieee")
-    return new_best, total, mean
 
 
 LOG2_E = 1.4426950408889634

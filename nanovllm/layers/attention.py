@@ -9,7 +9,9 @@ from torch import nn
 from nanovllm.config import Config
 from nanovllm.kernels.decode_attention import paged_decode_attention
 from nanovllm.kernels.jit import is_interpreted
+from nanovllm.kernels.norm_rope_store import norm_rope_store
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.context import Context, get_context
 
 
@@ -58,19 +60,27 @@ def paged_attention(
 
 
 class Attention(nn.Module):
-    """Scaled dot-product attention with grouped query heads."""
+    """Attention with grouped query heads over a cache of its own, from the projection on."""
 
-    def __init__(self, scale: float):
+    def __init__(self, scale: float, q_norm: RMSNorm | None = None, k_norm: RMSNorm | None = None):
+        """q_norm, k_norm: what normalises each query and key, where the model has it."""
         super().__init__()
         self.scale = scale
         self.k_cache = self.v_cache = torch.empty(0)  # the model runner sets these three
         self.backend = "torch"
+        self.norms = (None, None, 0.0)
+        if q_norm and k_norm:  # kept in a tuple, for it is the model that names its parameters
+            self.norms = (q_norm.weight, k_norm.weight, q_norm.eps)
 
-    def attend(self, q: torch.Tensor) -> torch.Tensor:
-        """q: [num_tokens, num_heads, head_dim] -> the same shape. The cache has k and v already."""
-        return paged_attention(
-            q, self.k_cache, self.v_cache, get_context(), self.scale, self.backend
-        )
+    def forward(self, qkv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Normalise, turn and store in one launch, then read.
+
+        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; rotary: from RotaryEmbedding
+        -> [num_tokens, num_heads, head_dim]
+        """
+        context, k_cache, v_cache = get_context(), self.k_cache, self.v_cache
+        q = norm_rope_store(qkv, *self.norms, *rotary, k_cache, v_cache, context.slot_mapping)
+        return paged_attention(q, k_cache, v_cache, context, self.scale, self.backend)
 
 
 def prefill_attention(

@@ -4,11 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovllm.kernels.small_linear import is_small, small_linear
+from nanovllm.kernels.small_linear import linear
+from nanovllm.layers.layer import Layer
 
 
-class Embedding(nn.Module):
-    """Looks up a vector per token. token_ids: [num_tokens] -> [num_tokens, hidden_size]"""
+class VocabParallelEmbedding(Layer):
+    """Looks up a vector per token. token_ids: [num_tokens] -> [num_tokens, hidden_size]
+
+    Cut by the vocabulary: a GPU holds the vectors of some tokens.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int):
         super().__init__()
@@ -18,10 +22,12 @@ class Embedding(nn.Module):
         return F.embedding(token_ids, self.weight)
 
 
-class LMHead(Embedding):
+class ParallelLMHead(VocabParallelEmbedding):
     """Scores every token. hidden: [num_seqs, hidden_size] -> logits: [num_seqs, vocab_size]"""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if is_small(hidden):
-            return small_linear(hidden, self.weight)
-        return F.linear(hidden, self.weight)
+        return linear(hidden, self.weight)
+
+    def tie(self, embedding: VocabParallelEmbedding) -> None:
+        """Let the embedding's matrix be this one's, too."""
+        self.weight = embedding.weight

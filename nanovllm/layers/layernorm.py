@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 from nanovllm.kernels.add_rms_norm import add_rms_norm
+from nanovllm.layers.layer import Layer
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """Divide each vector by its root mean square, then scale each channel (Zhang & Sennrich 2019).
 
     The mean is taken in float32 whatever the type of x.

@@ -1,14 +1,15 @@
-"""Linear layers."""
+"""Linear layers, by how several GPUs share them."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from nanovllm.kernels.small_linear import is_small, small_linear
+from nanovllm.kernels.small_linear import is_small, linear, small_linear
+from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.layer import Layer
 
 
-class Linear(nn.Module):
-    """y = x Wᵀ (+ b). The parameters start out unset: a checkpoint fills them.
+class ReplicatedLinear(Layer):
+    """y = x Wᵀ (+ b), whole on every GPU. The parameters start out unset: a checkpoint fills them.
 
     x: [num_tokens, input_size] -> [num_tokens, output_size]
     """
@@ -19,18 +20,48 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(output_size)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.bias is None and is_small(x):
-            return small_linear(x, self.weight)
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
-class MergedLinear(Linear):
-    """Several layers with the same input as one matrix; a checkpoint has them one by one.
+class ColumnParallelLinear(ReplicatedLinear):
+    """Cut by its outputs: a GPU holds some rows of W, for outputs that are worked on apart."""
 
-    x: [num_tokens, input_size] -> their outputs side by side.
+
+class RowParallelLinear(ReplicatedLinear):
+    """Cut by its inputs: a GPU holds the columns of W for what the layer before it made there.
+
+    What the GPUs get is added up.
     """
 
-    def __init__(self, input_size: int, output_sizes: dict[str, int], bias: bool = False):
-        """`output_sizes`: the size of each part, under the name that checkpoints give it."""
-        super().__init__(input_size, sum(output_sizes.values()), bias)
+
+class MergedColumnParallelLinear(ColumnParallelLinear):
+    """Several layers with the same input as one matrix; a checkpoint has them one by one.
+
+    x: [num_tokens, input_size] -> their outputs side by side. Each part is cut by itself.
+    """
+
+    def __init__(self, input_size: int, output_sizes: list[int], bias: bool = False):
+        super().__init__(input_size, sum(output_sizes), bias)
         self.output_sizes = output_sizes
+
+    def part(self, kind: str, index: int) -> torch.Tensor:
+        """The memory of one part of a parameter, "weight" or "bias"."""
+        return getattr(self, kind).split(self.output_sizes)[index]
+
+    def forward(self, x: torch.Tensor, activation: SiluAndMul | None = None) -> torch.Tensor:
+        """The parts' outputs, or what an activation makes of them."""
+        if activation is None:
+            return super().forward(x)
+        if self.bias is None and is_small(x):
+            return small_linear(x, self.weight, silu=True)
+        return activation(super().forward(x))
+
+
+class QKVParallelLinear(MergedColumnParallelLinear):
+    """The queries, keys and values of attention, side by side. Cut by heads."""
+
+    def __init__(
+        self, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int, bias: bool = False
+    ):
+        sizes = [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)]
+        super().__init__(hidden_size, sizes, bias)

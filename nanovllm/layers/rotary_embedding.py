@@ -71,3 +71,7 @@ class RotaryEmbedding(nn.Module):
         # [num_positions, 2, 1, head_dim / 2]: cos and sin of a position lie side by side
         table = torch.stack((angles.cos(), angles.sin()), dim=1).unsqueeze(2) * factor
         self.register_buffer("cos_sin", table, persistent=False)
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions: [num_tokens] -> the same, and the table in which they are rows"""
+        return positions, self.cos_sin

@@ -4,15 +4,12 @@ import torch
 from torch import nn
 
 from nanovllm.config import ModelConfig
-from nanovllm.kernels.norm_rope_store import norm_rope_store
-from nanovllm.kernels.silu_and_mul import silu_and_mul
-from nanovllm.kernels.small_linear import is_small, small_linear
+from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.embed_head import Embedding, LMHead
+from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import Linear, MergedLinear
+from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.utils.context import get_context
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # positions, and the table of their angles
 
@@ -22,28 +19,17 @@ class Qwen3Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        q_size = config.num_attention_heads * config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
-        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.attention_bias)
-        self.o_proj = Linear(q_size, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.attn = Attention(scale=config.head_dim**-0.5)
+        hidden_size, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.qkv_proj = QKVParallelLinear(hidden_size, head_dim, num_heads, num_kv_heads, bias)
+        self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, bias)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.attn = Attention(head_dim**-0.5, self.q_norm, self.k_norm)
 
     def forward(self, x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         """x: [num_tokens, hidden_size] -> the same shape"""
-        q = norm_rope_store(
-            self.qkv_proj(x),
-            self.q_norm.weight,
-            self.k_norm.weight,
-            self.q_norm.eps,
-            *rotary,
-            self.attn.k_cache,
-            self.attn.v_cache,
-            get_context().slot_mapping,
-        )
-        return self.o_proj(self.attn.attend(q).flatten(1))
+        return self.o_proj(self.attn(self.qkv_proj(x), rotary).flatten(1))
 
 
 class Qwen3MLP(nn.Module):
@@ -51,15 +37,14 @@ class Qwen3MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        self.gate_up_proj = MergedLinear(config.hidden_size, parts)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        sizes = [config.intermediate_size, config.intermediate_size]
+        self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, sizes)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
+        self.act_fn = SiluAndMul()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_tokens, hidden_size] -> the same shape"""
-        if is_small(x):
-            return self.down_proj(small_linear(x, self.gate_up_proj.weight, silu=True))
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.gate_up_proj(x, self.act_fn))
 
 
 class Qwen3DecoderLayer(nn.Module):
@@ -68,9 +53,13 @@ class Qwen3DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.self_attn = Qwen3Attention(config)
-        self.mlp = Qwen3MLP(config)
+        self.mlp = self.make_mlp(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def make_mlp(self, config: ModelConfig) -> nn.Module:
+        """What follows attention; a mixture of experts has another."""
+        return Qwen3MLP(config)
 
     def forward(
         self, x: torch.Tensor, stream: torch.Tensor | None, rotary: Rotary
@@ -87,7 +76,7 @@ class Qwen3Model(nn.Module):
 
     def __init__(self, config: ModelConfig, num_positions: int):
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.rotary_emb = RotaryEmbedding(
             config.head_dim,
             config.rope_theta,
@@ -102,7 +91,7 @@ class Qwen3Model(nn.Module):
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """input_ids, positions: [num_tokens] -> [num_tokens, hidden_size]"""
         x, stream = self.embed_tokens(input_ids), None
-        rotary = (positions, self.rotary_emb.cos_sin)
+        rotary = self.rotary_emb(positions)
         for layer in self.layers:
             x, stream = layer(x, stream, rotary)
         return self.norm(x, stream)[0]
@@ -114,9 +103,9 @@ class Qwen3ForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig, num_positions: int):
         super().__init__()
         self.model = Qwen3Model(config, num_positions)
-        self.lm_head = LMHead(config.vocab_size, config.hidden_size)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.tie(self.model.embed_tokens)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """input_ids, positions: [num_tokens] -> hidden states [num_tokens, hidden_size]"""
@@ -125,3 +114,11 @@ class Qwen3ForCausalLM(nn.Module):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [num_seqs, hidden_size] -> logits [num_seqs, vocab_size]"""
         return self.lm_head(hidden)
+
+    packed_modules_mapping = {
+        "q_proj": ("qkv_proj", 0),
+        "k_proj": ("qkv_proj", 1),
+        "v_proj": ("qkv_proj", 2),
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", 1),
+    }

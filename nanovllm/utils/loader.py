@@ -3,12 +3,12 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
-from nanovllm.layers.linear import MergedLinear
 from nanovllm.utils.checkpoint import read_json
 from nanovllm.utils.errors import as_value_error
 
@@ -50,51 +50,62 @@ def load_model(model: nn.Module, folder: Path) -> None:
     ValueError for a tensor that is missing or does not fit; a warning for one that nothing uses,
     and for a stored head that is not the embedding that it is tied to.
     """
-    parameters = targets(model)
-    missing, unused, stored_head = set(parameters), [], None
-    for name, tensor in checkpoint_tensors(folder):
-        if name not in parameters:
-            if name == "lm_head.weight":
-                stored_head = tensor  # the embedding may be yet to come
-            else:
-                unused.append(name)
-            continue
-        target = parameters[name]
-        if tensor.shape != target.shape or not tensor.is_floating_point():
-            raise ValueError(
-                f"{folder}: {name} has shape {list(tensor.shape)} in {tensor.dtype}, config.json "
-                f"asks for {list(target.shape)} in floating point"
-            )
-        target.data.copy_(tensor)
-        missing.discard(name)
+    wanted = targets(model)
+    missing, unused, stored_head = set(wanted), [], None
+    for name, stored in checkpoint_tensors(folder):
+        if name in wanted:
+            fill(wanted[name], stored, f"{folder}: {name}")
+            missing.discard(name)
+        elif name == "lm_head.weight":
+            stored_head = stored  # the embedding may be yet to come
+        else:
+            unused.append(name)
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {min(missing)}")
     if unused:
         warnings.warn(f"{folder}: nothing uses {', '.join(sorted(unused)[:8])}", stacklevel=2)
     if stored_head is not None:
-        check_tied_head(model.get_parameter("lm_head.weight"), stored_head, folder)
+        check_tied_head(model, stored_head, folder)
 
 
-def targets(model: nn.Module) -> dict[str, torch.Tensor]:
+Target = tuple[Any, str, torch.Tensor]  # a layer, one of its parameters' names, and its memory
+
+
+def targets(model: nn.Module) -> dict[str, Target]:
     """Where each tensor of a checkpoint goes: to a parameter, or to a part of a merged one."""
-    found = dict(model.named_parameters())
-    for path, module in model.named_modules():
-        if not isinstance(module, MergedLinear):
-            continue
-        for kind, _ in module.named_parameters():  # weight, bias
-            merged = found.pop(f"{path}.{kind}")
-            parts = merged.split(list(module.output_sizes.values()))
-            for name, part in zip(module.output_sizes, parts, strict=True):
-                found[f"{path.rpartition('.')[0]}.{name}.{kind}"] = part
+    found, packed = {}, model.packed_modules_mapping
+    for name, parameter in model.named_parameters():
+        path, _, kind = name.rpartition(".")
+        parent, _, merged = path.rpartition(".")
+        layer = model.get_submodule(path)
+        parts = {part: index for part, (owner, index) in packed.items() if owner == merged}
+        for part, index in parts.items():
+            found[f"{parent}.{part}.{kind}"] = layer, kind, layer.part(kind, index)
+        if not parts:
+            found[name] = layer, kind, parameter
     return found
 
 
-def check_tied_head(head: torch.Tensor, stored: torch.Tensor, folder: Path) -> None:
+def fill(target: Target, stored, name: str) -> None:
+    """Copy what the layer takes of a stored tensor; ValueError where that does not fit."""
+    layer, kind, memory = target
+    with as_value_error(f"{name} can't be read"):
+        own = layer.take(kind, stored)
+    if own.shape != memory.shape or not own.is_floating_point():
+        raise ValueError(
+            f"{name} has shape {list(own.shape)} in {own.dtype}, config.json asks for "
+            f"{list(memory.shape)} in floating point"
+        )
+    memory.data.copy_(own)
+
+
+def check_tied_head(model: nn.Module, stored, folder: Path) -> None:
     """Warn of a stored head that is not the embedding, which serves as the head when tied.
 
     Some checkpoints store a copy; where it is another matrix, one of two files is wrong.
     """
-    if not torch.equal(head.cpu(), stored.to(head.dtype)):
+    head, layer = model.get_parameter("lm_head.weight"), model.get_submodule("lm_head")
+    if not torch.equal(head.cpu(), layer.take("weight", stored).to(head.dtype)):
         warnings.warn(
             f"{folder}: lm_head.weight differs from the embedding, which config.json ties the head "
             "to: it is not used (tie_word_embeddings=false in config.json would use it)",
@@ -102,16 +113,19 @@ def check_tied_head(head: torch.Tensor, stored: torch.Tensor, folder: Path) -> N
         )
 
 
-def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor of a checkpoint with its name, from the one file that it is to be read from."""
+def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Each tensor of a checkpoint with its name, from the one file that it is to be read from.
+
+    It is a slice, of which only what is indexed is read.
+    """
     files = files_of_tensors(folder)
     for file in sorted(set(files.values())):
         with as_value_error(f"{folder / file} can't be read"):
             tensors = safe_open(folder / file, framework="pt")
         for name in (name for name in files if files[name] == file):
             with as_value_error(f"{folder / file}: {name} can't be read"):
-                tensor = tensors.get_tensor(name)
-            yield name, tensor
+                stored = tensors.get_slice(name)
+            yield name, stored
 
 
 def fill_with_noise(model: nn.Module, seed: int = 0) -> None:

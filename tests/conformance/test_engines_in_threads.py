@@ -12,7 +12,7 @@ from checkpoints import SMALL, random_prompts
 from device import PLAIN, build
 
 from nanovllm import SamplingParams
-from nanovllm.engine import model_runner
+from nanovllm.models import MODELS
 from nanovllm.utils.torch_settings import without_cudnn
 
 WAIT = 60  # seconds, for the other thread
@@ -43,7 +43,7 @@ def side_by_side(*works: Callable[[], object]) -> list:
 
 def test_engines_of_two_types_are_built_at_once(monkeypatch, random_folder):
     """Each while the other is half built: its weights have its type, and torch's is as it was."""
-    barrier, model = Barrier(2), model_runner.Qwen3ForCausalLM
+    barrier, (name, model) = Barrier(2), next(iter(MODELS.items()))
 
     def slow(*args, **kwargs):
         barrier.wait(WAIT)  # both have begun
@@ -51,7 +51,7 @@ def test_engines_of_two_types_are_built_at_once(monkeypatch, random_folder):
         barrier.wait(WAIT)  # neither has ended
         return built
 
-    monkeypatch.setattr(model_runner, "Qwen3ForCausalLM", slow)
+    monkeypatch.setitem(MODELS, name, slow)
     kinds = ("float16", "bfloat16")
     engines = side_by_side(
         *(lambda kind=kind: build(random_folder, dtype=kind, **PLAIN) for kind in kinds)

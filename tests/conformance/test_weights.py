@@ -6,9 +6,12 @@ import warnings
 
 import pytest
 import torch
+from checkpoints import SMALL
 from device import build
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+from nanovllm.layers.linear import RowParallelLinear
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -32,11 +35,11 @@ def save(folder, name, tensors) -> None:
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
 
 
-def loaded(folder) -> dict[str, torch.Tensor]:
+def loaded(folder, names=(EMBEDDING, NORM)) -> dict[str, torch.Tensor]:
     """Some tensors of the engine's model."""
     llm = build(folder, dtype="float32")
     state = llm.model_runner.model.state_dict()
-    found = {name: state[name].clone().cpu() for name in (EMBEDDING, NORM)}
+    found = {name: state[name].clone().cpu() for name in names}
     llm.exit()
     return found
 
@@ -122,3 +125,21 @@ def test_lm_head_that_differs_from_the_tied_embedding_is_a_warning(change, folde
     save(folder, "model.safetensors", tensors | {"lm_head.weight": head})
     with pytest.warns(UserWarning, match="lm_head.weight.*tie_word_embeddings"):
         build(folder)
+
+
+def test_a_layer_says_what_of_a_stored_tensor_it_takes(monkeypatch, folder, tensors):
+    """It is asked with a slice, of which only what it indexes is read."""
+
+    def other_half_first(self, kind: str, stored) -> torch.Tensor:
+        assert kind == "weight" and not isinstance(stored, torch.Tensor)
+        half = stored.get_shape()[1] // 2
+        return torch.cat([stored[:, half:], stored[:, :half]], dim=1)
+
+    monkeypatch.setattr(RowParallelLinear, "take", other_half_first)
+    swapped = {
+        name: torch.cat([*reversed(x.chunk(2, dim=1))], dim=1)
+        for name, x in tensors.items()
+        if name.endswith(("o_proj.weight", "down_proj.weight"))
+    }
+    assert len(swapped) == 2 * SMALL["num_hidden_layers"]
+    assert same(loaded(folder, [*swapped, NORM]), tensors | swapped)

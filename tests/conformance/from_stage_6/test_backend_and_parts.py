@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from checkpoints import SMALL, save_random
 from device import build
 from safetensors.torch import load_file, save_file
 
-from nanovllm.config import Config
+from nanovllm.config import Config, ModelConfig
 from nanovllm.layers.attention import choose_backend
+from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from nanovllm.models import MODELS
+from nanovllm.utils.loader import load_model
 
 FILE = "model.safetensors"
 PARTS = {  # each with the merged matrix that it is a part of, from top to bottom
@@ -178,3 +182,35 @@ def test_shards_may_part_what_is_merged(tmp_path, make_llm):
     found = dict(parted.model_runner.model.named_parameters())
     for name, parameter in whole.model_runner.model.named_parameters():
         assert torch.equal(parameter, found[name]), name
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_half_a_model_is_loaded_by_layers_that_take_their_half(monkeypatch, checkpoint, rank):
+    """Half the heads and half the MLP: rows of each part of what is merged, columns of the rest."""
+
+    def rows(self, kind: str, stored) -> torch.Tensor:
+        size = stored.get_shape()[0] // 2
+        return stored[rank * size : (rank + 1) * size]
+
+    def columns(self, kind: str, stored) -> torch.Tensor:
+        if kind == "bias":
+            return stored[...]
+        size = stored.get_shape()[1] // 2
+        return stored[:, rank * size : (rank + 1) * size]
+
+    monkeypatch.setattr(ColumnParallelLinear, "take", rows)
+    monkeypatch.setattr(RowParallelLinear, "take", columns)
+    config = ModelConfig.from_folder(checkpoint)
+    sizes = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    halves = {name: getattr(config, name) // 2 for name in sizes}
+    model = MODELS[config.architecture](replace(config, **halves), num_positions=8)
+    load_model(model.requires_grad_(False), checkpoint)
+    tensors, layer = load_file(checkpoint / FILE), "model.layers.1."
+    for whole in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
+        for kind in kinds(whole):
+            parts = [part for part, owner in PARTS.items() if owner == whole]
+            own = [tensors[f"{layer}{part}.{kind}"].chunk(2)[rank] for part in parts]
+            assert torch.equal(model.get_parameter(f"{layer}{whole}.{kind}"), torch.cat(own))
+    for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+        own = tensors[layer + name].chunk(2, dim=1)[rank]
+        assert torch.equal(model.get_parameter(layer + name), own)
