@@ -9,13 +9,16 @@ DEMO := $(VENV)/.stamp-demo
 FULL := $(VENV)/.stamp-full
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak gpu book figures ladder notebooks tangle format clean
+.PHONY: help demo check test soak gpu book figures ladder notebooks tangle format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: $(DEMO)  ## set up the engine and let the bundled model write a story
 	@OMP_WAIT_POLICY=passive $(BIN)/nanovllm generate "Once upon a time"
+
+check: $(FULL)  ## after a change: lint, tangle, types, the quick tests of the last stage
+	@$(BIN)/python tests/run.py --quick
 
 test: $(FULL)  ## run everything: lint, tangle, tests, book build, every notebook
 	@$(BIN)/python tests/run.py
@@ -55,7 +58,7 @@ format: $(FULL)  ## format code and notebooks, fix what ruff can fix
 	@$(BIN)/ruff format -q .
 
 clean:  ## remove the built book and caches (.venv stays)
-	rm -rf _build build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf _build build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(BIN)/pip:

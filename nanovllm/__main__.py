@@ -5,19 +5,26 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
-from typing import get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from nanovllm.config import Config
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.chat import check_chat_template
+from nanovllm.utils.chat import Messages, check_chat_template
 from nanovllm.utils.errors import one_line
 from nanovllm.utils.options import types_of
 
+if TYPE_CHECKING:  # chapter 1 makes them
+    from nanovllm.engine.outputs import StreamPiece
+    from nanovllm.llm import LLM
 
-def add_options(parser: argparse.ArgumentParser, cls: type, skip: str = "", **defaults) -> None:
+
+def add_options(
+    parser: argparse.ArgumentParser, cls: type, skip: str = "", **defaults: Any
+) -> None:
     """Offer every field of an options dataclass on the command line, left out unless given.
 
     `defaults` stand in for those of the dataclass.
@@ -88,7 +95,7 @@ def generate(args: argparse.Namespace) -> None:
     print_stream(pieces)
 
 
-def print_stream(pieces) -> str:
+def print_stream(pieces: Iterable["StreamPiece"]) -> str:
     """Print pieces as they come, their rate on stderr at the end; returns the whole text."""
     start, times, text, num_tokens = perf_counter(), [], "", 0
     for piece in pieces:
@@ -115,7 +122,7 @@ def chat(args: argparse.Namespace) -> None:
     check_chat_template(llm.tokenizer)
     if hasattr(sys.stdin, "reconfigure"):  # a line of bytes that are no text is refused, alone
         sys.stdin.reconfigure(errors="surrogateescape")
-    messages: list[dict[str, str]] = []
+    messages: Messages = []
     while True:
         try:
             line = input("you> ").strip()
@@ -127,7 +134,7 @@ def chat(args: argparse.Namespace) -> None:
         answer(llm, messages, line, params)
 
 
-def answer(llm, messages: list[dict[str, str]], line: str, params: SamplingParams) -> None:
+def answer(llm: "LLM", messages: Messages, line: str, params: SamplingParams) -> None:
     """Stream the answer to one more line; both join the messages, or neither does."""
     messages.append({"role": "user", "content": line})
     # The oldest exchange goes first once the conversation outgrows the model.
@@ -170,7 +177,7 @@ def run_stage(stage: int) -> int:
     at = next(i for i, argument in enumerate(arguments) if argument.startswith("--stage"))
     del arguments[at : at + (1 if "=" in arguments[at] else 2)]
     with tempfile.TemporaryDirectory() as folder:
-        write = [sys.executable, tool, "--upto", str(stage), "--out", folder]
+        write = [sys.executable, str(tool), "--upto", str(stage), "--out", folder]
         written = subprocess.run(write, capture_output=True, text=True)
         if written.returncode:
             reason = written.stderr.strip().splitlines()[-1]

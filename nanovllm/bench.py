@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # chapter 1 makes them
     from nanovllm.llm import LLM
 
 
-def benchmark(workload: Workload, repeats: int, **options) -> dict:
+def benchmark(workload: Workload, repeats: int, **options: Any) -> dict:
     """Run the workload `repeats` times on a fresh engine; all figures, medians first."""
     from nanovllm.llm import LLM
 
@@ -49,6 +49,7 @@ def measure(llm: "LLM", workload: Workload, repeats: int) -> dict:
     """The engine's figures on a workload, beside what the hardware would allow."""
     vocab_size = llm.model_config.vocab_size
     prompts, params = workload.requests(vocab_size)
+    num_outputs = [p.max_tokens or 0 for p in params]  # a workload leaves none open
     fill = Random(1)
     num_prefill, prefill_len = workload.prefill
     single_len, single_out = workload.single
@@ -62,11 +63,10 @@ def measure(llm: "LLM", workload: Workload, repeats: int) -> dict:
     prefill = spread(repeats, lambda: seconds(llm, batch, first))
     first_token = spread(repeats, lambda: seconds(llm, single, first))
     stream = spread(repeats, lambda: seconds_per_token(llm, single, single_out))
-    floor = floor_seconds(llm, prompts, params)
-    num_output = sum(p.max_tokens for p in params)
+    floor = floor_seconds(llm, prompts, num_outputs)
     return {
-        "output_tokens": num_output,
-        "output_tokens_per_s": num_output / total["median"],
+        "output_tokens": sum(num_outputs),
+        "output_tokens_per_s": sum(num_outputs) / total["median"],
         "floor_s": floor,
         "floor_share": floor / total["median"],
         "prefill_tokens_per_s": num_prefill * prefill_len / prefill["median"],
@@ -98,7 +98,7 @@ def spread(repeats: int, measurement: Callable[[], float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def floor_seconds(llm: "LLM", prompts: list[list[int]], params: list[SamplingParams]) -> float:
+def floor_seconds(llm: "LLM", prompts: list[list[int]], num_outputs: list[int]) -> float:
     """The least time that the hardware needs for the workload, whatever the engine.
 
     Every token but the last of each request is run once, and sees those before it; each output
@@ -108,14 +108,14 @@ def floor_seconds(llm: "LLM", prompts: list[list[int]], params: list[SamplingPar
     """
     config, lm_head = llm.model_config, llm.model_runner.model.lm_head.weight
     flops = read = 0
-    for prompt, p in zip(prompts, params, strict=True):
-        num_tokens = len(prompt) + p.max_tokens - 1
+    for prompt, num_output in zip(prompts, num_outputs, strict=True):
+        num_tokens = len(prompt) + num_output - 1
         flops += layer_flops(config, num_tokens, num_tokens * (num_tokens + 1) // 2)
-        flops += 2 * lm_head.numel() * p.max_tokens
+        flops += 2 * lm_head.numel() * num_output
         read += sum(range(len(prompt) + 1, num_tokens + 1))  # decode steps
     read *= kv_bytes_per_token(config, lm_head.element_size())
     num_weights = layer_flops(config, 1, 0) // 2 + lm_head.numel()
-    read += num_weights * lm_head.element_size() * max(p.max_tokens for p in params)
+    read += num_weights * lm_head.element_size() * max(num_outputs)
     bandwidth, flop_rate = ceilings(lm_head.device, lm_head.dtype)
     return max(read / bandwidth, flops / flop_rate)
 

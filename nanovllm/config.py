@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.utils.checkpoint import check_shape, read_shape
 from nanovllm.utils.errors import as_value_error
@@ -57,12 +57,12 @@ class Config:
         return 2 if (on_gpu if self.async_scheduling is None else self.async_scheduling) else 1
 
     @classmethod
-    def from_options(cls, **options) -> "Config":
+    def from_options(cls, **options: Any) -> "Config":
         """A Config from keyword options; an unknown one raises ValueError."""
         reject_unknown(cls, options)
         return cls(**options)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(self)
         name, _, index = self.device.partition(":")
         if name not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
@@ -112,7 +112,7 @@ class ModelConfig:
     rope_scaling: dict = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_shape(self)
 
     @classmethod
@@ -152,5 +152,5 @@ class ModelConfig:
 
     def with_eos(self, token_id: int | None) -> "ModelConfig":
         """The same with one more end-of-sequence token: a tokenizer names one, too."""
-        eos = {*self.eos_token_ids} | ({token_id} - {None})
+        eos = self.eos_token_ids if token_id is None else {*self.eos_token_ids, token_id}
         return replace(self, eos_token_ids=tuple(sorted(eos)))

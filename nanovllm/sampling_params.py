@@ -31,7 +31,7 @@ class SamplingParams:
     stop: str | list[str] | tuple[str, ...] = option((), "stop at this text; it is not returned")
     stop_token_ids: list[int] | tuple[int, ...] = option((), "stop after one of these tokens")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(self)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(text, str) and text for text in stop):

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import sizes
 
+CODE = '''"""Doc,
+of two lines."""
+
+# why
+def f(
+    x,
+):
+    """Doc."""
+    return """a
+b"""
+'''
+
 
 def test_docstrings_comments_and_blank_lines_are_no_code():
-    source = '"""Doc,\nof two lines."""\n\n# why\ndef f(\n    x,\n):\n    """Doc."""\n    return """a\nb"""\n'
-    assert sizes.code_lines(source) == 5
+    assert sizes.code_lines(CODE) == 5
 
 
 def test_functions_are_measured_from_def_to_end_and_kernels_by_their_own_limit():
@@ -45,6 +56,18 @@ def test_a_room_without_a_floor_is_refused():
     assert refused(attic="") == ["attic.py stands on no floor"]
 
 
+NAMES = """
+def f():
+    return f()
+
+def g():
+    return _h
+
+class C:
+    def m(self):
+        g()
+"""
+
+
 def test_a_name_that_only_itself_mentions_is_unused():
-    source = "def f():\n    return f()\n\n\ndef g():\n    return _h\n\n\nclass C:\n    def m(self):\n        g()\n"
-    assert sizes.unused({"a.py": source}) == ["a.py::f", "a.py::C", "a.py::C.m"]
+    assert sizes.unused({"a.py": NAMES}) == ["a.py::f", "a.py::C", "a.py::C.m"]

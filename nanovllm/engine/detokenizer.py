@@ -1,6 +1,8 @@
 """Tokens to text while they arrive."""
 
 from collections import deque
+from collections.abc import Collection
+from typing import Any
 
 UNFINISHED = "\ufffd"  # what bytes that are no character (yet) are decoded to
 LONGEST = 3  # a character has up to four bytes, so up to three tokens can be its beginning
@@ -13,7 +15,7 @@ class Detokenizer:
     ready once neither can change it. Text that has been ready is never taken back.
     """
 
-    def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: Any, stop: Collection[str] = ()):
         self.tokenizer = tokenizer.backend_tokenizer
         added = self.tokenizer.get_added_tokens_decoder().items()
         self.special = {token_id for token_id, token in added if token.special}

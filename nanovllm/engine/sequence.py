@@ -41,8 +41,8 @@ class Sequence:
     num_scheduled_tokens: int = 0  # tokens that it brings in the next step
     num_preemptions: int = 0
     num_hit_tokens: int = 0  # prompt tokens that were in the cache when it was first admitted
-    first_token_time: float | None = None  # in seconds, by time.perf_counter
-    last_token_time: float | None = None
+    first_token_time: float = 0.0  # in seconds, by time.perf_counter; once there is a token
+    last_token_time: float = 0.0
     num_pending_tokens: int = 0  # placeholders at the end of token_ids: sampled, and not yet read
 
     @property
@@ -51,6 +51,7 @@ class Sequence:
 
         The last token of all is never run, since nothing follows it.
         """
+        assert self.params.max_tokens is not None, "a request without a limit was admitted"
         longest = self.num_prompt_tokens + self.params.max_tokens - 1
         return min(len(self.token_ids), longest) - self.num_computed_tokens
 
@@ -65,7 +66,7 @@ class Sequence:
             self.first_token_time = now
         self.last_token_time = now
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
 
     def __len__(self) -> int:
@@ -141,9 +142,7 @@ class Sequence:
         elif self.num_completion_tokens == self.params.max_tokens:
             reason = "length"
         try:
-            if self.detokenizer is not None and self.read_text(
-                token_id, is_last=reason is not None
-            ):
+            if self.read_text(token_id, is_last=reason is not None):
                 reason = "stop"
         except Exception as trouble:
             reason, error = "error", trouble
@@ -153,7 +152,9 @@ class Sequence:
             self.finish(reason, error)
 
     def read_text(self, token_id: int, is_last: bool) -> bool:
-        """Decode the newest token; was a stop string in it?"""
+        """Decode the newest token, where text is wanted; was a stop string in it?"""
+        if self.detokenizer is None:
+            return False
         self.detokenizer.append(token_id)
         if is_last:
             self.detokenizer.flush()

@@ -37,7 +37,7 @@ def text_of_part(part: Any) -> str:
     return part["text"]
 
 
-def as_conversations(messages: Messages | list[Messages]) -> list[Messages]:
+def as_conversations(messages: Any) -> list[Messages]:
     """One conversation or several, as a list of conversations."""
     first = messages[0] if isinstance(messages, list | tuple) and messages else None
     return messages if isinstance(first, list | tuple) else [messages]

@@ -60,9 +60,9 @@ def read_shape(folder: Path, cls: type) -> dict[str, Any]:
     raw = read_json(path)
     if not raw:
         raise ValueError(f"{folder} has no config.json, or an empty one")
-    for name, value in REQUIRED.items():
-        if raw.get(name) != value:
-            raise ValueError(f"{path}: {name} is {raw.get(name)!r}, this engine runs {value!r}")
+    for name, required in REQUIRED.items():
+        if raw.get(name) != required:
+            raise ValueError(f"{path}: {name} is {raw.get(name)!r}, this engine runs {required!r}")
     for name, value in PLAIN.items():
         if raw.get(name) not in (None, value):
             raise ValueError(f"{path}: {name}={raw[name]!r} is not supported")
@@ -78,7 +78,7 @@ def read_shape(folder: Path, cls: type) -> dict[str, Any]:
 
 def read_rope(path: Path, raw: dict) -> dict:
     """The base and the scaling of RoPE, in the old form of config.json or in the newer one."""
-    rope = {}
+    rope: dict = {}
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(name) or {}, dict):
             raise ValueError(f"{path}: {name} must be an object, got {raw[name]!r}")

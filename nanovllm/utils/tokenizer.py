@@ -1,7 +1,7 @@
 """The checkpoint's tokenizer."""
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,20 @@ from nanovllm.utils.errors import as_value_error
 from nanovllm.utils.options import as_python
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path) -> Any:
     """The folder's transformers tokenizer, or None where the folder holds none."""
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
     with as_value_error(f"{folder} can't be read"):
-        names = [name for name in names if (folder / name).is_file()]
-    if not names:
+        found = [name for name in names if (folder / name).is_file()]
+    if not found:
         return None
     from transformers import AutoTokenizer
 
-    with as_value_error(f"{folder}: {', '.join(names)} can't be read"):
+    with as_value_error(f"{folder}: {', '.join(found)} can't be read"):
         return AutoTokenizer.from_pretrained(folder)
 
 
-Prompt = str | list[int]
+Prompt = str | Sequence[int] | np.ndarray  # text, or token ids
 
 
 def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -52,7 +52,7 @@ def check_token_ids(token_ids: Iterable[object], vocab_size: int) -> None:
             raise ValueError(f"token id {token_id!r} is outside the vocabulary of {vocab_size}")
 
 
-def as_prompt_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
+def as_prompt_list(prompts: Any) -> list[Prompt]:
     """One prompt or several, as a list of prompts."""
     if isinstance(prompts, str) or isinstance(prompts, np.ndarray) and prompts.ndim == 1:
         return [prompts]

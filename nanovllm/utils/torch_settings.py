@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,7 +40,9 @@ class DefaultDtype(TorchFunctionMode):
         super().__init__()
         self.dtype = dtype
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if func is torch.empty:
             kwargs = {"dtype": self.dtype, **(kwargs or {})}
         return func(*args, **(kwargs or {}))
