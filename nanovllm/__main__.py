@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, get_args
@@ -17,7 +17,7 @@ from nanovllm.utils.chat import Messages, check_chat_template
 from nanovllm.utils.errors import one_line
 from nanovllm.utils.options import types_of
 
-if TYPE_CHECKING:  # chapter 1 makes them
+if TYPE_CHECKING:  # they are loaded once they are needed
     from nanovllm.engine.outputs import StreamPiece
     from nanovllm.llm import LLM
 
@@ -31,26 +31,31 @@ def add_options(
     """
     group = parser.add_argument_group(f"{cls.__name__} options")
     for spec in fields(cls):
-        if spec.name == skip:
-            continue
-        accepted, choices = types_of(spec.type), spec.metadata["choices"]
-        default = defaults.get(spec.name, spec.default)
-        settings = {
-            "default": defaults.get(spec.name, argparse.SUPPRESS),
-            "help": spec.metadata["help"],
-        }
-        if bool in accepted:
-            settings["action"] = argparse.BooleanOptionalAction
-        elif list in accepted:
-            element = get_args(get_args(spec.type)[-1])[0]  # str of `list[str] | tuple[str, ...]`
-            settings.update(action="append", type=element)
-            settings["help"] += "; may be given again"
-        else:
-            settings["type"] = next(t for t in (int, float, str) if t in accepted)
-            settings.update(choices=choices, metavar=None if choices else spec.name.upper())
-            if default is not None:
-                settings["help"] += f" (default: {default})"
-        group.add_argument("--" + spec.name.replace("_", "-"), **settings)
+        if spec.name != skip:
+            settings = settings_of(spec, defaults)
+            group.add_argument("--" + spec.name.replace("_", "-"), **settings)
+
+
+def settings_of(spec: Field, defaults: dict[str, Any]) -> dict[str, Any]:
+    """How argparse is to take a field's option."""
+    accepted, choices = types_of(spec.type), spec.metadata["choices"]
+    default = defaults.get(spec.name, spec.default)
+    settings = {
+        "default": defaults.get(spec.name, argparse.SUPPRESS),
+        "help": spec.metadata["help"],
+    }
+    if bool in accepted:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif list in accepted:
+        element = get_args(get_args(spec.type)[-1])[0]  # str of `list[str] | tuple[str, ...]`
+        settings.update(action="append", type=element)
+        settings["help"] += "; may be given again"
+    else:
+        settings["type"] = next(t for t in (int, float, str) if t in accepted)
+        settings.update(choices=choices, metavar=None if choices else spec.name.upper())
+        if default is not None:
+            settings["help"] += f" (default: {default})"
+    return settings
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -88,11 +88,6 @@ class Sequence:
         return self.num_known_tokens - self.num_prompt_tokens
 
     @property
-    def prompt_token_ids(self) -> list[int]:
-        """The prompt."""
-        return self.token_ids[: self.num_prompt_tokens]
-
-    @property
     def completion_token_ids(self) -> list[int]:
         """The tokens generated so far, an end-of-sequence token included."""
         return self.token_ids[self.num_prompt_tokens : self.num_known_tokens]

@@ -44,6 +44,45 @@ def files_of_tensors(folder: Path) -> dict[str, str]:
     return files
 
 
+def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Each tensor of a checkpoint with its name, from the one file that it is to be read from.
+
+    It is a slice, of which only what is indexed is read.
+    """
+    files = files_of_tensors(folder)
+    for file in sorted(set(files.values())):
+        with as_value_error(f"{folder / file} can't be read"):
+            tensors = safe_open(folder / file, framework="pt")
+        for name in (name for name in files if files[name] == file):
+            with as_value_error(f"{folder / file}: {name} can't be read"):
+                stored = tensors.get_slice(name)
+            yield name, stored
+
+
+def check_tied_head(model: nn.Module, stored, folder: Path) -> None:
+    """Warn of a stored head that is not the embedding, which serves as the head when tied.
+
+    Some checkpoints store a copy; where it is another matrix, one of two files is wrong.
+    """
+    head, layer = model.get_parameter("lm_head.weight"), model.get_submodule("lm_head")
+    if not torch.equal(head.cpu(), layer.take("weight", stored).to(head.dtype)):
+        warnings.warn(
+            f"{folder}: lm_head.weight differs from the embedding, which config.json ties the head "
+            "to: it is not used (tie_word_embeddings=false in config.json would use it)",
+            stacklevel=2,
+        )
+
+
+def fill_with_noise(model: nn.Module, seed: int = 0) -> None:
+    """Random weights of a trained model's size, for speed work on a shape alone."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.normal_(std=0.02, generator=generator)
+
+
 def load_model(model: nn.Module, folder: Path) -> None:
     """Fill every parameter from the folder's safetensors files.
 
@@ -97,42 +136,3 @@ def fill(target: Target, stored, name: str) -> None:
             f"{list(memory.shape)} in floating point"
         )
     memory.data.copy_(own)
-
-
-def check_tied_head(model: nn.Module, stored, folder: Path) -> None:
-    """Warn of a stored head that is not the embedding, which serves as the head when tied.
-
-    Some checkpoints store a copy; where it is another matrix, one of two files is wrong.
-    """
-    head, layer = model.get_parameter("lm_head.weight"), model.get_submodule("lm_head")
-    if not torch.equal(head.cpu(), layer.take("weight", stored).to(head.dtype)):
-        warnings.warn(
-            f"{folder}: lm_head.weight differs from the embedding, which config.json ties the head "
-            "to: it is not used (tie_word_embeddings=false in config.json would use it)",
-            stacklevel=2,
-        )
-
-
-def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Each tensor of a checkpoint with its name, from the one file that it is to be read from.
-
-    It is a slice, of which only what is indexed is read.
-    """
-    files = files_of_tensors(folder)
-    for file in sorted(set(files.values())):
-        with as_value_error(f"{folder / file} can't be read"):
-            tensors = safe_open(folder / file, framework="pt")
-        for name in (name for name in files if files[name] == file):
-            with as_value_error(f"{folder / file}: {name} can't be read"):
-                stored = tensors.get_slice(name)
-            yield name, stored
-
-
-def fill_with_noise(model: nn.Module, seed: int = 0) -> None:
-    """Random weights of a trained model's size, for speed work on a shape alone."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.data.fill_(1.0)
-        else:
-            parameter.data.normal_(std=0.02, generator=generator)

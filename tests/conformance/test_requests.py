@@ -219,7 +219,7 @@ def test_numpy_integers_are_tokens(llm, kind):
     while not llm.is_finished():
         seqs.update({seq.seq_id: seq for seq in llm.step()})
     (seq,) = seqs.values()
-    everything = [*seq.prompt_token_ids, *seq.completion_token_ids, *seq.params.stop_token_ids]
+    everything = [*seq.token_ids, *seq.params.stop_token_ids]
     assert {type(token) for token in everything} == {int}
 
 

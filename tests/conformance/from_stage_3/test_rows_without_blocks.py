@@ -51,7 +51,7 @@ def watch(llm, monkeypatch, number: int, victim: list[int], kept: int) -> list[d
         return forward(*args)
 
     def watched(seqs):
-        (seq,) = (seq for seq in seqs if seq.prompt_token_ids == victim)
+        (seq,) = (seq for seq in seqs if seq.token_ids[: seq.num_prompt_tokens] == victim)
         table, pool = seq.block_table, llm.model_runner.kv_cache[:, :, : llm.limits.num_blocks]
         if len(steps) == number:
             seq.block_table = table[:kept]
