@@ -21,13 +21,13 @@ from nanovllm.engine.turns import Turns
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.chat import Messages, as_conversations, encode_chat
 from nanovllm.utils.checkpoint import find_checkpoint
-from nanovllm.utils.tokenizer import Prompt, encode, load_tokenizer
+from nanovllm.utils.tokenizer import Prompt, Prompts, encode, load_tokenizer
 
 
 class LLMEngine:
     """Owns the requests, and grows them one step at a time. Threads may share it."""
 
-    def __init__(self, model: str | PathLike | None = None, **options):
+    def __init__(self, model: str | PathLike | None = None, **options: Any) -> None:
         """`model` and `options` are the fields of `Config`; a misfit raises ValueError."""
         model = fspath(model) if isinstance(model, PathLike) else model
         self.config = Config.from_options(model=model, **options)
@@ -38,7 +38,7 @@ class LLMEngine:
         self.model_config = model_config.with_eos(getattr(self.tokenizer, "eos_token_id", None))
         is_asked = "max_model_len" in options
         self.max_model_len = self.model_config.fit(self.config.max_model_len, is_asked)
-        self.model_runner: ModelRunner | None = self.make_runner(folder)
+        self.model_runner = self.make_runner(folder)  # until `exit`
         self.limits = self.make_limits()
         self.seeds = random.Random(self.config.seed)
         self.seq_ids = itertools.count()
@@ -152,7 +152,7 @@ class LLMEngine:
 
     def check_alive(self) -> None:
         """Raise a RuntimeError after `exit`."""
-        if self.model_runner is None:
+        if not hasattr(self, "model_runner"):
             raise RuntimeError("the engine has exited: make a new one")
 
     def reset(self) -> None:
@@ -172,20 +172,20 @@ class LLMEngine:
     def exit(self) -> None:
         """Give the model and its memory back, as soon as no step runs; twice does no harm."""
         self.turns.ask(self.close)
-        while self.model_runner is not None and not self.turns.is_inside():
+        while hasattr(self, "model_runner") and not self.turns.is_inside():
             with self.turns.turn():
                 pass  # another thread's step has ended, or there was none
 
     def close(self) -> None:
         """Let go of the requests and of the model."""
         self.fail_all()
-        if self.model_runner is not None:
+        if hasattr(self, "model_runner"):
             self.model_runner.exit()
-        self.model_runner = None
+            del self.model_runner
 
     def generate(
         self,
-        prompts: Prompt | list[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:

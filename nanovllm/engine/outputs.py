@@ -89,7 +89,8 @@ class Outbox:
 
     def __init__(self, seq: "Sequence", tokenizer: Any):
         self.seq, self.tokenizer = seq, tokenizer
-        seq.unread = deque()
+        self.unread: deque[int] = deque()
+        seq.unread = self.unread
         if tokenizer is not None:
             seq.detokenizer = Detokenizer(tokenizer, seq.params.stop)
 
@@ -100,7 +101,7 @@ class Outbox:
         """
         seq = self.seq
         is_last = seq.is_finished  # asked first: then nothing more comes behind the piece
-        token_ids = [seq.unread.popleft() for _ in range(len(seq.unread))]
+        token_ids = [self.unread.popleft() for _ in range(len(self.unread))]
         if is_last:
             piece = output_of(seq, self.tokenizer)  # its text is what has not been taken
             piece["token_ids"] = token_ids

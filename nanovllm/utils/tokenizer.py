@@ -25,6 +25,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 Prompt = str | Sequence[int] | np.ndarray  # text, or token ids
+Prompts = Prompt | Sequence[Prompt]  # one, or a list
 
 
 def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
