@@ -22,7 +22,7 @@ from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.context import NUM_COUNTERS, Context, set_context
 from nanovllm.utils.loader import fill_with_noise, load_model
-from nanovllm.utils.torch_settings import DefaultDtype, without_cudnn
+from nanovllm.utils.torch_settings import DefaultDtype
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -113,7 +113,7 @@ class ModelRunner:
             max_new=step.max_new,
             counters=self.counters,
         )
-        with set_context(context), without_cudnn(self.device):
+        with set_context(context):
             hidden = self.model(input_ids, inputs["positions"])
         if step.num_decodes < len(context.block_tables):
             hidden = hidden[inputs["last"]]  # of each prompt

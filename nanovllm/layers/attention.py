@@ -13,6 +13,7 @@ from nanovllm.kernels.norm_rope_store import norm_rope_store
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.context import Context, get_context
+from nanovllm.utils.torch_settings import without_cudnn
 
 
 def causal_attention(
@@ -26,9 +27,10 @@ def causal_attention(
     is_whole = len(q) == len(k)
     mask = None if is_whole else lower_right(len(q), len(k), q.device)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, tokens, head_dim]
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_whole, scale=scale, enable_gqa=True
-    )
+    with without_cudnn(q.device):
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_whole, scale=scale, enable_gqa=True
+        )
     return out.squeeze(0).transpose(0, 1)
 
 
@@ -119,7 +121,8 @@ def decode_attention(
         k, v = k.masked_fill_(hidden, 0), v.masked_fill_(hidden, 0)
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # [n, num_kv_heads, longest, head_dim]
     q = q[:n].view(n, k.shape[1], -1, head_dim)  # [n, num_kv_heads, group, head_dim]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    with without_cudnn(q.device):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.reshape(n, num_heads, head_dim)
 
 

@@ -19,7 +19,7 @@ SDPA_LOCK = Lock()  # which of them torch may take is a setting of the whole pro
 
 @contextmanager
 def without_cudnn(device: torch.device) -> Iterator[None]:
-    """Keep cuDNN's attention out of a step on a GPU, of one engine at a time.
+    """Keep cuDNN's attention out of what is launched on a GPU, by one thread at a time.
 
     Two that overlap would each put back what they found, and leave the other's setting behind.
     """

@@ -9,7 +9,7 @@ from threading import Barrier, Event, Thread
 import pytest
 import torch
 from checkpoints import SMALL, random_prompts
-from device import PLAIN, build
+from device import PLAIN, build, offered
 
 from nanovllm import SamplingParams
 from nanovllm.models import MODELS
@@ -53,8 +53,9 @@ def test_engines_of_two_types_are_built_at_once(monkeypatch, random_folder):
 
     monkeypatch.setitem(MODELS, name, slow)
     kinds = ("float16", "bfloat16")
+    options = PLAIN | offered(num_kvcache_blocks=8)  # what is free changes under both
     engines = side_by_side(
-        *(lambda kind=kind: build(random_folder, dtype=kind, **PLAIN) for kind in kinds)
+        *(lambda kind=kind: build(random_folder, dtype=kind, **options) for kind in kinds)
     )
     for engine, kind in zip(engines, kinds, strict=True):
         parameters = engine.model_runner.model.parameters()

@@ -5,7 +5,11 @@ options are the ones that such scripts set.
 """
 
 import pytest
+from device import ON_GPU
 from test_imports import python
+
+# They take most of a GPU's memory, so there they run when no other test does.
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 EXAMPLE = """
 import os
