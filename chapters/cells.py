@@ -13,7 +13,12 @@ DIRECTIVE = re.compile(rf"#\|\s*(?:export:\s*{PATH}|delete:\s*{PATH}(?:::([\w., 
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # What has a fixed place in a module: these open it, and the guard closes it.
 DOC, IMPORTS = ("__doc__",), ("import",)
-RANK = {DOC: 0, IMPORTS: 1, ("if TYPE_CHECKING",): 2, ("if __name__ == '__main__'",): 4}
+RANK: dict[tuple[str, ...], int] = {
+    DOC: 0,
+    IMPORTS: 1,
+    ("if TYPE_CHECKING",): 2,
+    ("if __name__ == '__main__'",): 4,
+}
 BODY = 3
 
 
@@ -38,6 +43,11 @@ class Unit:
         """Is it `class X(X):`?"""
         bases = getattr(self.node, "bases", [])
         return any(getattr(base, "id", None) in self.names for base in bases)
+
+    @property
+    def line(self) -> int:
+        """The line of its cell that it begins in."""
+        return self.node.lineno if self.node else 1
 
     @property
     def rank(self) -> int:
@@ -134,13 +144,13 @@ class Cell:
 
     def check(self, units: Iterable[Unit]) -> None:
         """Units that are merged have names, each its own."""
-        seen = set()
+        seen: set[str] = set()
         for unit in units:
             if not unit.names:
                 what = "only imports, functions, classes and assignments are exported"
-                raise self.error(unit.node.lineno, f"{what}, each on lines of its own")
+                raise self.error(unit.line, f"{what}, each on lines of its own")
             if unit.names != IMPORTS and seen & {*unit.names}:
-                raise self.error(unit.node.lineno, f"{unit.names[0]} is defined twice in one cell")
+                raise self.error(unit.line, f"{unit.names[0]} is defined twice in one cell")
             seen |= {*unit.names}
 
     def split(self, lines: list[str], body: list[ast.stmt], start: int, stop: int) -> list[Unit]:
@@ -149,8 +159,8 @@ class Cell:
         tops = [first_line(node) for node in body]
         for node, top, below in zip(body, tops, [*tops[1:], stop]):
             deeper = re.compile(rf"\s{{{node.col_offset + 1}}}")  # a comment that belongs to it
-            ends = [i for i in range(node.end_lineno, below) if deeper.match(lines[i])]
-            end = stop if node is body[-1] else max(ends, default=node.end_lineno - 1) + 1
+            ends = [i for i in range(node.end_lineno or 0, below) if deeper.match(lines[i])]
+            end = stop if node is body[-1] else max(ends, default=(node.end_lineno or 0) - 1) + 1
             names = DOC if is_string(node) and node is body[0] else names_of(node)
             if top < start:  # two statements share a line
                 names = ()

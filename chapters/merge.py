@@ -21,7 +21,7 @@ def merge(old: Iterable[Unit], new: list[Unit], cell: Cell) -> list[Unit]:
         same = [u for u in units if {*u.names} & {*unit.names}]
         if lost := {name for u in same for name in u.names} - {*unit.names}:
             message = f"{min(lost)} was assigned together with it: restate both"
-            raise cell.error(unit.node.lineno, message)
+            raise cell.error(unit.line, message)
         at = units.index(same[0]) if same else place(units, new, i)
         if unit.reopens:
             unit = weave(same[0] if same else None, unit, cell)
@@ -39,20 +39,21 @@ def place(units: list[Unit], new: list[Unit], i: int) -> int:
     above = [known[name] + 1 for u in new[:i] for name in u.names if name in known]
     below = [known[name] for u in new[i + 1 :] for name in u.names if name in known]
     fields = []
-    if isinstance(new[i].node, ast.AnnAssign) and new[i].node.col_offset:
+    node = new[i].node
+    if isinstance(node, ast.AnnAssign) and node.col_offset:
         fields = [j + 1 for j, u in enumerate(units) if isinstance(u.node, ast.AnnAssign)]
     return [*below[:1], *above[-1:], *fields[-1:], len(units)][0]
 
 
 def weave(old: Unit | None, new: Unit, cell: Cell) -> Unit:
     """The old class with the members of the reopening, which gives nothing else."""
-    line, name = new.node.lineno, new.names[0]
-    if not (old and old.members and new.members):
+    line, name, body = new.line, new.names[0], new.node
+    if not (old and old.members and new.members and isinstance(body, ast.ClassDef)):
         raise cell.error(line, f"{name} is reopened, but there is no class {name} with a body")
-    if len(new.node.bases) + len(new.node.keywords) > 1:
+    if len(body.bases) + len(body.keywords) > 1:
         raise cell.error(line, f"{name} keeps its bases when reopened: to change them, restate it")
-    for node in ast.walk(new.node):
-        if getattr(node, "id", None) == "super":
+    for node in ast.walk(body):
+        if isinstance(node, ast.Name) and node.id == "super":
             raise cell.error(node.lineno, "super() would mean another class once it is merged")
     cell.check(new.members)
     return replace(old, members=tuple(merge(old.members, list(new.members), cell)))
@@ -122,6 +123,7 @@ class Module:
     def add_import(self, unit: Unit, cell: Cell) -> None:
         """Unite an import statement with the others; one from the module itself is dropped."""
         node, source = unit.node, getattr(unit.node, "module", None) or ""
+        assert isinstance(node, ast.Import | ast.ImportFrom)
         lines = unit.text.split("\n")
         if getattr(node, "level", 0) or node.names[0].name == "*":
             raise cell.error(node.lineno, "relative and star imports can't be exported")
@@ -136,7 +138,7 @@ class Module:
     def render(self) -> str:
         """The module's source."""
         nodes = list(ast.walk(ast.parse(join(self.units, 2))))
-        used = {node.id for node in nodes if isinstance(node, ast.Name)}
+        used: set[object] = {node.id for node in nodes if isinstance(node, ast.Name)}
         used |= {node.value for node in nodes if isinstance(node, ast.Constant)}  # as in __all__
         imports = [
             (source, name, alias, comment)
@@ -166,7 +168,7 @@ class Package:
             self.remove(*deletion, cell)
         units = cell.units() if path or deletions else []
         if not path and units:
-            raise cell.error(units[0].node.lineno, "a cell that only deletes holds no code")
+            raise cell.error(units[0].line, "a cell that only deletes holds no code")
         if not path:
             return
         module = self.modules.setdefault(path, Module(path))

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from math import ceil
 from time import perf_counter
+from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.lines import Line2D
@@ -29,7 +31,7 @@ from plotting import AFTER, BEFORE, EXTRA, FONT_SIZE, GRID, INK, LIMIT, SOFT
 REQUESTS = (AFTER, EXTRA[2], EXTRA[0], "#4A1A80", "#72BFE8", "#E5C878", "#66401A", "#E08AAE")
 SHARED, CACHED = INK, GRID
 BARS = {"prefill": AFTER, "decode": "#A5C5E0"}
-LINES = {
+LINES: dict[str, dict[str, Any]] = {
     "waiting": dict(color=BEFORE, linewidth=1.5),
     "preempted": dict(color=LIMIT, linewidth=2, linestyle=(0, (2, 1))),
 }
@@ -87,7 +89,7 @@ class Trace:
 
 
 @contextmanager
-def record(llm) -> Iterator[Trace]:
+def record(llm: Any) -> Iterator[Trace]:
     """Collect what the engine does in the `with` block.
 
     Until its end, `schedule` and `postprocess` of the engine, or of its scheduler, are replaced.
@@ -98,9 +100,10 @@ def record(llm) -> Iterator[Trace]:
     if manager is not None:
         trace.block_size, trace.num_blocks = manager.block_size, manager.num_blocks
     schedule, postprocess = owner.schedule, owner.postprocess
-    began, pending = perf_counter(), deque()  # steps that are scheduled and not yet accounted for
+    began = perf_counter()
+    pending: deque[tuple[Any, Step]] = deque()  # scheduled and not yet accounted for
 
-    def recorded_schedule():
+    def recorded_schedule() -> Any:
         nonlocal began
         step, running = Step(perf_counter() - began), set(owner.running)
         seqs = schedule()
@@ -115,7 +118,7 @@ def record(llm) -> Iterator[Trace]:
         began += perf_counter() - now
         return seqs
 
-    def recorded_postprocess(seqs, token_ids):
+    def recorded_postprocess(seqs: Any, token_ids: Any) -> Any:
         while pending and pending[0][0] is not seqs:
             pending.popleft()  # that step has raised
         before = [seq for seq in seqs if not seq.is_finished]
@@ -139,7 +142,7 @@ def record(llm) -> Iterator[Trace]:
         trace.blocks_after = list_blocks(owner, [])
 
 
-def describe(seq) -> Part:
+def describe(seq: Any) -> Part:
     """What a scheduled sequence brings: before chapter 5, all that is missing."""
     start = seq.num_computed_tokens
     missing = len(seq) - start
@@ -147,9 +150,10 @@ def describe(seq) -> Part:
     return Part(seq.seq_id, start, getattr(seq, "num_scheduled_tokens", missing), is_prefill)
 
 
-def list_blocks(owner, parts: list[Part]) -> list[BlockUse]:
+def list_blocks(owner: Any, parts: list[Part]) -> list[BlockUse]:
     """The blocks that are not merely free, as they will be at the end of a step."""
-    manager, uses = getattr(owner, "block_manager", None), {}
+    manager: Any = getattr(owner, "block_manager", None)
+    uses: dict[int, BlockUse] = {}
     brought = {part.seq_id: part.num_tokens for part in parts}
     for seq in owner.running if manager is not None else ():
         num_tokens = seq.num_computed_tokens + brought.get(seq.seq_id, 0)
@@ -166,7 +170,8 @@ def list_blocks(owner, parts: list[Part]) -> list[BlockUse]:
 
 def tint(color: str) -> str:
     """A colour, thinned with white."""
-    return to_hex([1 - 0.3 * (1 - channel) for channel in to_rgb(color)])
+    red, green, blue = (1 - 0.3 * (1 - channel) for channel in to_rgb(color))
+    return to_hex((red, green, blue))
 
 
 def text_on(color: str) -> str:
@@ -177,7 +182,9 @@ def text_on(color: str) -> str:
 
 def put_legend(ax: Axes, handles: list, columns: int) -> None:
     """A legend above the axes, where it covers no data."""
-    style = dict(handlelength=1.2, handletextpad=0.5, columnspacing=1.3, borderpad=0.2)
+    style: dict[str, Any] = dict(
+        handlelength=1.2, handletextpad=0.5, columnspacing=1.3, borderpad=0.2
+    )
     ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **style)
 
 
@@ -187,9 +194,9 @@ def size_in_points(ax: Axes) -> tuple[float, float]:
     return box.width * scale, box.height * scale
 
 
-def state_of(use: BlockUse | None) -> int | str:
+def state_of(use: BlockUse) -> int | str:
     """The one owner of a block, or why there is none."""
-    if use is None:
+    if use.block_id < 0:
         return "free"
     if len(use.owners) == 1:
         return use.owners[0]
@@ -201,18 +208,19 @@ def draw_pool(ax: Axes, trace: Trace) -> None:
 
     A block fills from the bottom: its pale part is reserved and empty.
     """
-    names = trace.names()
-    colors = {"shared": SHARED, "cached": CACHED}
+    names, style = trace.names(), dict[str, Any]()
+    colors: dict[int | str, str] = {"shared": SHARED, "cached": CACHED}
     colors |= {seq_id: REQUESTS[n % len(REQUESTS)] for n, seq_id in enumerate(names)}
     num_after = max(1, len(trace.steps) // 30) if trace.blocks_after else 0
     states = [step.blocks for step in trace.steps] + [trace.blocks_after] * num_after
+    free = BlockUse(-1, [], 0)
     columns = [{use.block_id: use for use in uses} for uses in states]
     found = {state_of(use) for uses in states for use in uses}
     width, height = size_in_points(ax)
     has_room = height / max(trace.num_blocks, 1) > 8
     for y in range(trace.num_blocks):
         left, low, high = 0.5, y - 0.42, y + 0.42
-        for state, run in groupby([column.get(y) for column in columns], key=state_of):
+        for state, run in groupby([column.get(y, free) for column in columns], key=state_of):
             uses = list(run)
             right = left + len(uses)
             if state in names:
@@ -259,19 +267,24 @@ def follow(steps: list[Step], seq_id: int) -> list[tuple[str | None, int]]:
             state = "preempted"
         elif state != "preempted":
             state = "waiting"
-        cells.append((state, part.num_tokens if state == "prefill" else 0))
+        cells.append((state, part.num_tokens if part and part.is_prefill else 0))
     return cells
+
+
+def ends_of(steps: list[Step]) -> list[float]:
+    """When steps ended, those left out that raised."""
+    return [step.end for step in steps if step.end is not None]
 
 
 def draw_timeline(ax: Axes, trace: Trace, x: str = "step") -> None:
     """A row for each request: when it waited, and what it brought in each step; x may be "time"."""
     names, steps = trace.names(), [step for step in trace.steps if step.end is not None]
     lefts = [n + 0.5 if x == "step" else step.start for n, step in enumerate(steps)]
-    rights = [n + 1.5 if x == "step" else step.end for n, step in enumerate(steps)]
+    rights = [left + 1 for left in lefts] if x == "step" else ends_of(steps)
     first, last = min(lefts, default=0), max(rights, default=1)
     width, height = size_in_points(ax)
     point, row = (last - first) / width, height / max(len(names), 1)
-    size, seen = FONT_SIZE - 2, set()
+    size, seen, style = FONT_SIZE - 2, set[str | None](), dict[str, Any]()
     for y, seq_id in enumerate(names):
         cells = follow(steps, seq_id)
         # One bar for each run of decodes, but for each chunk its own.
@@ -300,7 +313,7 @@ def draw_timeline(ax: Axes, trace: Trace, x: str = "step") -> None:
     ax.set_yticks(range(len(names))[::every], list(names.values())[::every])
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
-    handles = [Patch(color=color, label=state) for state, color in BARS.items()]
+    handles: list[Artist] = [Patch(color=color, label=state) for state, color in BARS.items()]
     handles += [Line2D([], [], label=state, **LINES[state]) for state in LINES if state in seen]
     style = dict(marker="|", color=INK, markersize=13, markeredgewidth=2, linestyle="")
     put_legend(ax, [*handles, Line2D([], [], label="finished", **style)], 5)
@@ -311,15 +324,15 @@ def draw_occupancy(ax: Axes, traces: dict[str, Trace], x: str = "step") -> None:
     colors = [*[BEFORE, *EXTRA][: len(traces) - 1], AFTER]
     for order, (label, trace) in enumerate(traces.items()):
         steps = [step for step in trace.steps if step.end is not None]
-        edges = [step.start for step in steps] + [step.end for step in steps[-1:]]
+        edges = [step.start for step in steps] + ends_of(steps[-1:])
         if x == "step":
             edges = [n + 0.5 for n in range(len(steps) + 1)]
         sizes = [len(step.parts) for step in steps]
         area = sum(n * (right - left) for n, left, right in zip(sizes, edges, edges[1:]))
         label = f"{label}: mean {area / (edges[-1] - edges[0]):.1f}"
-        style = dict(edgecolor=colors[order], linewidth=1.5)
-        fill = dict(fill=True, facecolor=tint(colors[order]), zorder=2 - order / 9, label=label)
-        ax.stairs(sizes, edges, **fill, **style)
+        style: dict[str, Any] = dict(edgecolor=colors[order], linewidth=1.5)
+        fill = dict(style, fill=True, facecolor=tint(colors[order]), label=label)
+        ax.stairs(sizes, edges, zorder=2 - order / 9, **fill)
         ax.stairs(sizes, edges, zorder=2 + order / 9, **style)  # no line is lost under an area
     most = max(trace.max_num_seqs for trace in traces.values())
     ax.axhline(most, color=LIMIT, linestyle="--", linewidth=1.5, label="max_num_seqs")

@@ -291,7 +291,7 @@ def _renewed(session: Session, new: Package, loaded: dict[str, ModuleType]) -> d
 
 def _resolve(module: str, names: list[str]) -> Any:
     """What a module has under a dotted name, or _GONE."""
-    value = importlib.import_module(module)
+    value: Any = importlib.import_module(module)
     for name in names:
         value = getattr(value, name, _GONE)
     return value

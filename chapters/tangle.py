@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from cells import TangleError
 from merge import Package
@@ -95,7 +96,7 @@ def main() -> int:
 def run() -> int:
     """Do what the command line says; returns the exit status."""
     numbers = [number(path) for path in chapters()]
-    k = {"type": int, "metavar": "K", "choices": numbers}
+    k: dict[str, Any] = {"type": int, "metavar": "K", "choices": numbers}
     parser = argparse.ArgumentParser(description="Write nanovllm/ out of the chapters.")
     parser.add_argument("--check", action="store_true", help="compare only; exit 1 on a difference")
     parser.add_argument("--upto", **k, help="write the package as of chapter K")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -26,11 +27,11 @@ ROUNDS = 5
 
 
 @functools.cache
-def _shape_folder() -> tempfile.TemporaryDirectory:
+def _shape_folder(shape: str) -> tempfile.TemporaryDirectory:
     from nanovllm.bench import SHAPES
 
     folder = tempfile.TemporaryDirectory()
-    Path(folder.name, "config.json").write_text(json.dumps(SHAPES[SHAPE]))
+    Path(folder.name, "config.json").write_text(json.dumps(SHAPES[shape]))
     return folder
 
 
@@ -40,7 +41,7 @@ def measured_model() -> dict:
     Time does not depend on the values of the weights, and the bundled model is too small to keep a
     GPU busy.
     """
-    return {"model": _shape_folder().name, "load_format": "dummy"} if SHAPE else {}
+    return {"model": _shape_folder(SHAPE).name, "load_format": "dummy"} if SHAPE else {}
 
 
 def run_on_stage(stage: int, script: str, **values: object) -> str:
@@ -50,14 +51,14 @@ def run_on_stage(stage: int, script: str, **values: object) -> str:
     """
     known = "".join(f"{n} = {v!r}\n" for n, v in {"OPTIONS": measured_model(), **values}.items())
     with tempfile.TemporaryDirectory() as folder:
-        tangle.write_stage(stage, folder)
+        tangle.write_stage(stage, Path(folder))
         path = os.pathsep.join([folder, str(Path(__file__).parent)])
         environment = {**os.environ, "PYTHONPATH": path}
         command = [sys.executable, "-c", known + script]
         return subprocess.check_output(command, env=environment, text=True)
 
 
-def token_seconds(llm, length: int, steps: int = 8, batch: int = 1) -> float:
+def token_seconds(llm: Any, length: int, steps: int = 8, batch: int = 1) -> float:
     """Seconds for one more token of `batch` texts of `length` tokens; the median of some steps."""
     from nanovllm import SamplingParams
 
@@ -98,12 +99,12 @@ def seconds(function: Callable[[int], object], copies: int = 1) -> float:
     graph.replay()
     rounds = []
     for _ in range(ROUNDS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
         graph.replay()
-        stop.record()
-        stop.synchronize()
-        rounds.append(start.elapsed_time(stop) / 1000 / (repeats * copies))
+        ended.record()
+        ended.synchronize()
+        rounds.append(began.elapsed_time(ended) / 1000 / (repeats * copies))
     return statistics.median(rounds)
 
 
@@ -124,7 +125,7 @@ def host_seconds(function: Callable[[], object], calls: int = 200) -> float:
 VIEWS = ("view", "reshape", "slice", "select", "transpose", "split", "unbind", "expand", "squeeze")
 
 
-def moves_data(event) -> bool:
+def moves_data(event: Any) -> bool:
     """Is this an operation of torch that was asked for, and not a view?"""
     return event.cpu_parent is None and not any(view in event.name for view in VIEWS)
 
