@@ -21,16 +21,20 @@ BEFORE = "#9AA3AE"  # what the last chapter's engine did
 LIMIT = "#C2402D"  # what the hardware allows
 EXTRA = ("#2F8F6B", "#8A5BB0", "#D08A1D")  # further series, in this order
 
-# Viridis, its bright end left out; chapters after the eighth share its colour.
+# Viridis, its bright end left out; chapters after the twelfth share its colour.
 CHAPTERS = (
-    "#481769",
-    "#443A83",
-    "#38598C",
-    "#2B748E",
-    "#218F8D",
-    "#23A983",
-    "#4AC16D",
-    "#86D549",
+    "#471365",
+    "#472A7A",
+    "#424186",
+    "#39558C",
+    "#31688E",
+    "#29798E",
+    "#238A8D",
+    "#1E9B8A",
+    "#26AD81",
+    "#3FBC73",
+    "#63CB5F",
+    "#8ED645",
 )
 
 FONT_SIZE = 11

@@ -48,9 +48,9 @@ LAWS_OF = {
 SLOW = (
     *("tests/conformance/" + name for name in LAWS_OF),
     "tests/conformance/from_stage_3/test_paged_tokens.py",
-    "tests/conformance/from_stage_7/test_pipelined_tokens.py",
-    "tests/conformance/from_stage_7/test_replayed_steps.py",
-    "tests/conformance/from_stage_7/test_usual_scripts.py",
+    "tests/conformance/from_stage_9/test_pipelined_tokens.py",
+    "tests/conformance/from_stage_8/test_replayed_steps.py",
+    "tests/conformance/from_stage_8/test_usual_scripts.py",
     "tests/conformance/test_imports.py",
     "tests/test_cli.py",
     "tests/test_compile.py",

@@ -1,7 +1,7 @@
 """Draw the book's diagrams: `python book/figures/diagrams.py` writes the pictures here.
 
 Those of chapters 1 and 2 are here, those of chapters 3 to 5 in diagrams_blocks.py,
-those of chapters 6 and 7 in diagrams_kernels.py.
+those of chapters 6 to 9 in diagrams_kernels.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The diagrams of chapters 6 and 7: kernels, graphs and overlap. diagrams.py writes them."""
+"""The diagrams of chapters 6 to 9: kernels, graphs and overlap. diagrams.py writes them."""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from nanovllm.engine.memory import reserved_memory
 from nanovllm.engine.step_inputs import Inputs, Shape
 
 MAX_PREFILL_SEQS = 8  # in a step with a prompt that is recorded
@@ -20,7 +22,7 @@ def graph_shapes(max_num_tokens: int, max_num_seqs: int) -> list[Shape]:
 
 
 def capture(
-    step: Callable[[], torch.Tensor], pool: tuple[int, int] | None
+    step: Callable[[], torch.Tensor], pool: Any
 ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     """Record what a step launches; returns the graph and what the step returned.
 
@@ -58,7 +60,7 @@ class Graphs:
     def inputs(self, shape: Shape) -> Inputs | None:
         """Where a replay finds its inputs; None where nothing is recorded."""
         graph = self.recorded.get(shape)
-        return graph and graph.inputs
+        return graph.inputs if graph else None
 
     def replay(self, shape: Shape) -> torch.Tensor | None:
         """Run the recorded step and return its hidden states; None where nothing is recorded."""
@@ -68,15 +70,26 @@ class Graphs:
         graph.graph.replay()
         return graph.hidden
 
-    def capture_all(self, shapes: list[Shape], pool: tuple[int, int] | None) -> None:
+    def capture_all(self, shapes: list[Shape], pool: Any) -> None:
         """Record a step of each shape, the largest first: the others find room in what it took."""
         graphs = {shape: self.record(shape, pool) for shape in reversed(shapes)}
         self.recorded = {shape: graphs[shape] for shape in shapes}
 
     @torch.inference_mode()
-    def record(self, shape: Shape, pool: tuple[int, int] | None) -> Graph:
+    def record(self, shape: Shape, pool: Any) -> Graph:
         """A step of this shape, all of it padding, run once and then recorded."""
         inputs, step = self.blank_step(shape)
         step()
         graph, hidden = capture(step, pool)
         return Graph(graph, inputs, hidden)
+
+    def estimate_bytes(self, shapes: list[Shape], device: torch.device) -> int:
+        """About how much memory recording these shapes will take, from three of them."""
+        if not shapes:
+            return 0
+        reserved, trial, pool = [reserved_memory(device)], [], torch.cuda.graph_pool_handle()
+        for shape in (shapes[-1], max(s for s in shapes if s.is_decode), shapes[0]):
+            trial.append(self.record(shape, pool))
+            reserved.append(reserved_memory(device))
+        each = reserved[3] - reserved[2]
+        return reserved[2] - reserved[0] + each * (len(shapes) - 2)

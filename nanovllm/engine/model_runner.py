@@ -1,7 +1,7 @@
 """Runs the model: sequences in, one new token for each out."""
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -15,11 +15,11 @@ from nanovllm.engine.graphs import PREFILL_SIZES, Graphs, graph_shapes
 from nanovllm.engine.memory import left_for_cache, reserved_memory
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import InputLayout, Inputs, Packer, Shape, Step
+from nanovllm.engine.warmup import warmup_steps
 from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.layers.attention import Attention, choose_backend
 from nanovllm.layers.sampler import ROWS, Sampler, SamplingTensors, sample_torch
 from nanovllm.models import MODELS
-from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.context import NUM_COUNTERS, Context, set_context
 from nanovllm.utils.loader import fill_with_noise, load_model
 from nanovllm.utils.torch_settings import DefaultDtype
@@ -50,9 +50,6 @@ class Result:
         return self.sampled.tolist()
 
 
-FILTERED = SamplingParams(top_k=1, top_p=0.5)  # which takes the most memory
-
-
 class ModelRunner:
     """Owns the model, its device and its memory."""
 
@@ -77,23 +74,10 @@ class ModelRunner:
         self.graphs = Graphs(self.blank_step)
         self.step_bytes = self.graph_bytes = 0
         if self.on_gpu:
-            self.allocate_kv_cache(replace(config, num_kvcache_blocks=1))  # to warm up with
-            self.warmup_model()
-            self.measure_graphs(self.graph_shapes(config))
+            self.warmup_model(config)
         self.allocate_kv_cache(config)
         if self.on_gpu:
             self.capture_cudagraph(self.graph_shapes(config))
-
-    def allocate_inputs(self, config: Config) -> None:
-        """The buffer that each step's inputs are copied to, and the newest sampled tokens."""
-        block_size = config.kvcache_block_size
-        self.packer = Packer(block_size, -(-self.max_model_len // block_size), self.on_gpu)
-        rows = -(-self.max_num_seqs // 16) * 16
-        largest = Shape(max(self.max_num_tokens, rows, PREFILL_SIZES[-1]), rows)
-        num_bytes = InputLayout(largest, self.packer.max_blocks).num_bytes
-        self.input_buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
-        self.sampled = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=self.device)
 
     def run(self, seqs: list[Sequence]) -> Result:
         """Launch a step, which samples one new token id for each sequence; nobody waits here."""
@@ -105,39 +89,21 @@ class ModelRunner:
 
     def forward(self, step: Step, inputs: Inputs) -> torch.Tensor:
         """The hidden state of each sequence's last token, [num_seqs, hidden_size]."""
-        input_ids = resolve_tokens(inputs["input_ids"], self.sampled)
-        names = ("slot_mapping", "block_tables", "context_lens", "cu_seqlens", "order")
         context = Context(
-            **{name: inputs[name] for name in names},
-            num_decodes=step.num_decodes,
-            max_new=step.max_new,
+            inputs["slot_mapping"],
+            inputs["block_tables"],
+            inputs["context_lens"],
+            inputs["cu_seqlens"],
+            step.num_decodes,
+            step.max_new,
+            order=inputs["order"],
             counters=self.counters,
         )
         with set_context(context):
-            hidden = self.model(input_ids, inputs["positions"])
+            hidden = self.model(inputs["input_ids"], inputs["positions"])
         if step.num_decodes < len(context.block_tables):
             hidden = hidden[inputs["last"]]  # of each prompt
         return hidden
-
-    def sample(self, hidden: torch.Tensor, inputs: Inputs, all_greedy: bool) -> None:
-        """One token for each row of hidden, into `sampled`; nobody's is filtered."""
-        columns = (inputs[name] for name in ("temperatures", "seeds", "lengths"))
-        sampling = SamplingTensors(*columns, all_greedy=all_greedy)
-        self.sampled[: len(hidden)] = self.sampler(self.model.compute_logits(hidden), sampling)
-
-    def resample(self, hidden: torch.Tensor, inputs: Inputs, filtered: list[int]) -> None:
-        """Another token, into `sampled`, for each of the rows that ask for top-k or top-p."""
-        names = ("temperatures", "seeds", "lengths")
-        for start in range(0, len(filtered), ROWS):
-            rows = self.tensor(filtered[start : start + ROWS])
-            sampling = SamplingTensors(
-                *(inputs[name][rows] for name in names),
-                all_greedy=False,
-                top_ks=inputs["top_ks"][rows],
-                top_ps=inputs["top_ps"][rows],
-                filtered=torch.arange(len(rows), device=self.device),
-            )
-            self.sampled[rows] = sample_torch(self.model.compute_logits(hidden[rows]), sampling)
 
     def tensor(self, values, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Host values as a tensor on the device, without waiting for the copy."""
@@ -145,8 +111,9 @@ class ModelRunner:
         return pinned.to(self.device, non_blocking=True)
 
     def exit(self) -> None:
-        """Let go of the model, whoever still holds the runner; it can run nothing afterwards."""
-        del self.model
+        """Let go of model, cache and graphs, whoever still holds the runner; it can't run again."""
+        del self.model, self.kv_cache
+        self.graphs = Graphs(self.blank_step)
 
     def allocate_kv_cache(self, config: Config) -> None:
         """The pool of `num_blocks` blocks, and how attention is to read it."""
@@ -154,7 +121,7 @@ class ModelRunner:
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         self.backend = choose_backend(config, self.model_config.head_dim)
         heads = (self.model_config.num_key_value_heads, self.model_config.head_dim)
-        dtype = self.model.lm_head.weight.dtype
+        dtype = config.torch_dtype
         block_bytes = 2 * len(layers) * self.block_size * prod(heads) * dtype.itemsize
         self.num_blocks = config.num_kvcache_blocks
         if self.num_blocks < 0:
@@ -170,23 +137,23 @@ class ModelRunner:
             )
         # [key or value, layer, block, position, head, channel]
         shape = (2, len(layers), self.num_blocks, self.block_size, *heads)
-        # zeros, for what a mask hides is multiplied by 0, and 0 * NaN is NaN
         self.kv_cache = zeros(shape, dtype, self.device)
         for layer, k_cache, v_cache in zip(layers, *self.kv_cache, strict=True):
             layer.k_cache, layer.v_cache, layer.backend = k_cache, v_cache, self.backend
 
-    def measure_graphs(self, shapes: list[Shape]) -> None:
-        """Note the memory that the graphs will take, from recording three of them."""
-        if not shapes:
-            return
-        reserved, pool = [reserved_memory(self.device)], torch.cuda.graph_pool_handle()
-        trial = []
+    def warmup_model(self, config: Config) -> None:
+        """Compile the kernels, and note the memory that the largest steps and graphs take."""
+        self.allocate_kv_cache(replace(config, num_kvcache_blocks=1))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_reserved(self.device)
+        sizes = self.max_num_tokens, self.max_num_seqs, self.max_model_len, self.block_size
+        for seqs in warmup_steps(*sizes):
+            self.launch(self.pack(seqs)).token_ids()
+        self.step_bytes = torch.cuda.max_memory_reserved(self.device) - before
         with self.current_device():
-            for shape in (shapes[-1], max(s for s in shapes if s.is_decode), shapes[0]):
-                trial.append(self.graphs.record(shape, pool))
-                reserved.append(reserved_memory(self.device))
-        each = reserved[3] - reserved[2]
-        self.graph_bytes = reserved[2] - reserved[0] + each * (len(shapes) - 2)
+            shapes = self.graph_shapes(config)
+            self.graph_bytes = self.graphs.estimate_bytes(shapes, self.device)
 
     def cache_budget(self, config: Config) -> int:
         """How many bytes the cache may take; ValueError, with the sum, where none are left."""
@@ -214,7 +181,8 @@ class ModelRunner:
 
     def execute(self, step: Step, inputs: Inputs) -> torch.Tensor:
         """Run the model and sample; returns the hidden states. This is what a graph records."""
-        hidden = self.forward(step, inputs)
+        input_ids = resolve_tokens(inputs["input_ids"], self.sampled)
+        hidden = self.forward(step, {**inputs, "input_ids": input_ids})
         self.sample(hidden, inputs, step.all_greedy)
         return hidden
 
@@ -227,6 +195,28 @@ class ModelRunner:
         done = torch.cuda.Event()
         done.record()
         return Result(sampled, done)
+
+    def sample(self, hidden: torch.Tensor, inputs: Inputs, all_greedy: bool) -> None:
+        """One token for each row of hidden, into `sampled`; nobody's is filtered."""
+        sampling = SamplingTensors(
+            inputs["temperatures"], inputs["seeds"], inputs["lengths"], all_greedy
+        )
+        self.sampled[: len(hidden)] = self.sampler(self.model.compute_logits(hidden), sampling)
+
+    def resample(self, hidden: torch.Tensor, inputs: Inputs, filtered: list[int]) -> None:
+        """Another token, into `sampled`, for each of the rows that ask for top-k or top-p."""
+        for start in range(0, len(filtered), ROWS):
+            rows = self.tensor(filtered[start : start + ROWS])
+            sampling = SamplingTensors(
+                inputs["temperatures"][rows],
+                inputs["seeds"][rows],
+                inputs["lengths"][rows],
+                all_greedy=False,
+                top_ks=inputs["top_ks"][rows],
+                top_ps=inputs["top_ps"][rows],
+                filtered=torch.arange(len(rows), device=self.device),
+            )
+            self.sampled[rows] = sample_torch(self.model.compute_logits(hidden[rows]), sampling)
 
     def capture_cudagraph(self, shapes: list[Shape]) -> None:
         """Record a step of each shape: model, logits and sampling."""
@@ -246,40 +236,17 @@ class ModelRunner:
         inputs = self.receive(step)
         return inputs, partial(self.execute, step, inputs)
 
-    def current_device(self):
+    def current_device(self) -> AbstractContextManager:
         """Make the device the current one of CUDA, for the length of a `with`."""
         return torch.cuda.device(self.device) if self.on_gpu else nullcontext()
 
-    def warmup_model(self) -> None:
-        """Compile the kernels, and note the memory that the largest steps take."""
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_reserved(self.device)
-        for seqs in self.warmup_steps():
-            self.run(seqs).token_ids()
-        self.step_bytes = torch.cuda.max_memory_reserved(self.device) - before
-
-    def warmup_steps(self) -> Iterator[list[Sequence]]:
-        """Steps after which every kernel has been compiled in each variant that may be needed.
-
-        The largest are the most tokens, and the most sequences at full length. How attention and
-        the small linear layers are compiled depends on the number of rows, and no variant lies
-        between two powers of two. Nothing is stored, and all that is read lies in block 0.
-        """
-        longest, most = self.max_model_len, self.max_num_seqs
-        whole, rest = divmod(self.max_num_tokens, longest)
-        lengths = ([longest] * whole + [rest] * (rest > 0))[:most]
-        yield [self.blank(n, n) for n in sorted(lengths)]  # a single token comes first
-        yield [self.blank(longest, 1)] * most
-        plain = self.blank(1, 1, SamplingParams())
-        for rows in (*(1 << i for i in range((most - 1).bit_length())), most):
-            yield [plain] * rows
-        yield [plain, self.blank(1, 1)][:most]  # a filter for some
-
-    def blank(self, length: int, num_tokens: int, params: SamplingParams = FILTERED) -> Sequence:
-        """A sequence to warm up with, which brings its last `num_tokens`."""
-        seq = Sequence(-1, [0] * length, params, seed=0)
-        seq.block_table = [0] * -(-length // self.block_size)
-        seq.num_cached_tokens = length  # as if it were kept already
-        seq.num_computed_tokens, seq.num_scheduled_tokens = length - num_tokens, num_tokens
-        return seq
+    def allocate_inputs(self, config: Config) -> None:
+        """The buffer that each step's inputs are copied to, and the newest sampled tokens."""
+        block_size = config.kvcache_block_size
+        self.packer = Packer(block_size, -(-self.max_model_len // block_size), self.on_gpu)
+        rows = -(-self.max_num_seqs // 16) * 16
+        largest = Shape(max(self.max_num_tokens, rows, PREFILL_SIZES[-1]), rows)
+        num_bytes = InputLayout(largest, self.packer.max_blocks).num_bytes
+        self.input_buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+        self.sampled = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=self.device)

@@ -94,8 +94,8 @@ class Sequence:
 
     @property
     def last_token(self) -> int:
-        """The newest token that has been read."""
-        return self.token_ids[self.num_known_tokens - 1]
+        """The newest token."""
+        return self.token_ids[-1]
 
     @property
     def is_finished(self) -> bool:

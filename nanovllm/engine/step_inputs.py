@@ -45,7 +45,7 @@ class InputLayout:
     def __init__(self, shape: Shape, max_blocks: int):
         tokens, seqs = (shape.num_tokens,), (shape.num_seqs,)
         self.fields = {  # name: (type, shape, what the padding is)
-            "input_ids": (np.int64, tokens, 0),  # -1 - i: what row i of the step before samples
+            "input_ids": (np.int64, tokens, 0),
             "positions": (np.int64, tokens, 0),
             "slot_mapping": (np.int64, tokens, -1),  # -1: not to be stored
             "seeds": (np.int64, seqs, 0),

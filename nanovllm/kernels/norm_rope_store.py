@@ -59,22 +59,33 @@ def copy_values(
 
 
 @triton.jit
+def rows_of_tile(first, GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Each row's key head, its place in the group (GROUP: the key itself), and if it is there."""
+    row = tl.arange(0, ROWS)[:, None]
+    return first + row // (GROUP + 1), row % (GROUP + 1), row < HEADS * (GROUP + 1)
+
+
+@triton.jit
+def normalise(x1, x2, weights1, weights2, eps, out, DIM: tl.constexpr):
+    """RMSNorm of each row, held as two halves; rounded to the type of `out`, as torch does it."""
+    kind = out.dtype.element_ty
+    norm = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / DIM + eps)[:, None]
+    x1 = (x1 * norm * weights1).to(kind).to(tl.float32)
+    return x1, (x2 * norm * weights2).to(kind).to(tl.float32)
+
+
+@triton.jit
 def norm_rope_store_kernel(
     q, qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
     V_ROWS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a token and HEADS key heads: their queries, keys and values.
-
-    The rows of the tile are, for each key head, its GROUP queries and then the key. Each is held
-    as two halves, since RoPE turns channel i together with channel i + HALF.
-    """
+    """One program a token and HEADS key heads: their queries, keys and values."""
     DIM: tl.constexpr = 2 * HALF
     NUM_HEADS: tl.constexpr = GROUP * NUM_KV_HEADS
     token, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
-    row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, HALF)[None, :]
-    there = row < HEADS * (GROUP + 1)
-    kv_head, member = first + row // (GROUP + 1), row % (GROUP + 1)
+    channel = tl.arange(0, HALF)[None, :]
+    kv_head, member, there = rows_of_tile(first, GROUP, HEADS, ROWS)
     is_q, is_k = there & (member < GROUP), there & (member == GROUP)
     head = tl.where(is_q, kv_head * GROUP + member, NUM_HEADS + kv_head)
     if NORM:
@@ -89,11 +100,9 @@ def norm_rope_store_kernel(
     x = heads + head * DIM + channel
     x1 = tl.load(x, mask=there, other=0.0).to(tl.float32)
     x2 = tl.load(x + HALF, mask=there, other=0.0).to(tl.float32)
-    kind = q.dtype.element_ty  # each step is rounded where torch rounds it
     if NORM:
-        norm = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / DIM + eps)[:, None]
-        x1 = (x1 * norm * weights1).to(kind).to(tl.float32)
-        x2 = (x2 * norm * weights2).to(kind).to(tl.float32)
+        x1, x2 = normalise(x1, x2, weights1, weights2, eps, q, DIM)
+    kind = q.dtype.element_ty
     y1, y2 = (x1 * cos - x2 * sin).to(kind), (x2 * cos + x1 * sin).to(kind)
     store_halves(q + (token * NUM_HEADS + head) * DIM + channel, y1, y2, is_q, HALF)
     where = k_cache + (slot * NUM_KV_HEADS + kv_head) * DIM + channel
@@ -124,18 +133,15 @@ def norm_rope_store(
     Returns the queries, [num_tokens, num_heads, head_dim].
     """
     num_kv_heads, head_dim = k_cache.shape[2:]
+    rest = q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping
     if not uses_triton(qkv) or head_dim & (head_dim - 1):
-        return norm_rope_store_torch(
-            qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping
-        )
+        return norm_rope_store_torch(qkv, *rest)
     num_tokens, num_heads = len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads
-    q, pdl = qkv.new_empty((num_tokens, num_heads, head_dim)), overlaps(qkv)
-    group = num_heads // num_kv_heads
-    many = num_tokens > FEW_TOKENS  # then a program takes all heads of a token
-    heads = num_kv_heads if many else 1
+    q, group = qkv.new_empty((num_tokens, num_heads, head_dim)), num_heads // num_kv_heads
+    many, pdl = num_tokens > FEW_TOKENS, overlaps(qkv)
+    heads = num_kv_heads if many else 1  # of a token, for one program
     norm_rope_store_kernel[num_tokens, num_kv_heads // heads](
-        q, qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slot_mapping,
-        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEADS=heads,
+        q, qkv, *rest, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEADS=heads,
         ROWS=triton.next_power_of_2(heads * (group + 1)), V_ROWS=triton.next_power_of_2(heads),
         HALF=head_dim // 2, NORM=q_weight is not None, PDL=pdl, launch_pdl=pdl,
         num_warps=4 if many else 1,

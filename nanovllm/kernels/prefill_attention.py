@@ -2,27 +2,19 @@
 
 import torch
 
+from nanovllm.kernels.attention_tile import take_scores, tile_slots
 from nanovllm.kernels.jit import overlaps, tl, triton, wait_for_inputs
 
 
 @triton.jit
-def attend(
+def prefill_tile(
     best, total, mean, queries, k_cache, v_cache, table, at, position, context_len, kv_head, scale,
     BLOCK_SIZE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys and values into the running maximum, sum and mean of each query row.
-
-    A block of -1 is no address: a row that has lost its blocks reads some that exist.
-    """
+    """One tile of keys and values into the running maximum, sum and mean of each query row."""
     channel, column = tl.arange(0, HEAD_DIM), tl.arange(0, TILE)
-    if BLOCK_SIZE % TILE == 0:  # the tile lies in one block
-        block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
-        slot = tl.maximum(block, 0) * BLOCK_SIZE + at % BLOCK_SIZE + column
-    else:
-        place = tl.minimum(at + column, context_len - 1)
-        block = tl.load(table + place // BLOCK_SIZE).to(tl.int64)
-        slot = tl.maximum(block, 0) * BLOCK_SIZE + place % BLOCK_SIZE
+    slot = tile_slots(table, at, context_len, BLOCK_SIZE, TILE)
     where = (slot[:, None] * NUM_KV_HEADS + kv_head) * HEAD_DIM + channel[None, :]
     if MASKED:
         there = (at + column < context_len)[:, None]
@@ -34,13 +26,34 @@ def attend(
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
     if MASKED:
         scores = tl.where(at + column[None, :] <= position[:, None], scores, -float("inf"))
-    new_best = tl.maximum(best, tl.max(scores, axis=1))
-    shrink = tl.exp2(best - new_best)
-    probs = tl.exp2(scores - new_best[:, None])
-    total = total * shrink + tl.sum(probs, axis=1)
-    mean = mean * shrink[:, None]
+    best, total, mean, probs = take_scores(best, total, mean, scores)
     mean = tl.dot(probs.to(values.dtype), values, mean, input_precision="ieee")
-    return new_best, total, mean
+    return best, total, mean
+
+
+@triton.jit
+def prefill_rows(
+    queries, k_cache, v_cache, table, first, context_len, kv_head, scale,
+    BLOCK_SIZE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """What BLOCK_M query rows, whose first is at position `first`, see of a context: their mean."""
+    best = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mean = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    position = first + tl.arange(0, BLOCK_M)
+    seen_by_all = (first + 1) // TILE * TILE
+    for at in range(0, seen_by_all, TILE):
+        best, total, mean = prefill_tile(
+            best, total, mean, queries, k_cache, v_cache, table, at, position, context_len,
+            kv_head, scale, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, TILE, False,
+        )  # fmt: skip
+    for at in range(seen_by_all, tl.minimum(first + BLOCK_M, context_len), TILE):
+        best, total, mean = prefill_tile(
+            best, total, mean, queries, k_cache, v_cache, table, at, position, context_len,
+            kv_head, scale, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, TILE, True,
+        )  # fmt: skip
+    return mean / total[:, None]
 
 
 @triton.jit(do_not_specialize=["table_stride", "first_seq"])
@@ -59,29 +72,15 @@ def prefill_kernel(
     if first < num_new:
         context_len = tl.load(context_lens + seq)
         row, channel = first + tl.arange(0, BLOCK_M), tl.arange(0, HEAD_DIM)
-        position = context_len - num_new + row
         q_row = ((begin + row).to(tl.int64)[:, None] * NUM_HEADS + head) * HEAD_DIM
         q_row += channel[None, :]
         is_new = row[:, None] < num_new
-        queries = tl.load(q + q_row, mask=is_new, other=0.0)
-        best = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        mean = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-        table = block_tables + seq.to(tl.int64) * table_stride
-        kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
-        seen_by_all = (context_len - num_new + first + 1) // TILE * TILE
-        seen = tl.minimum(context_len - num_new + first + BLOCK_M, context_len)
-        for at in range(0, seen_by_all, TILE):
-            best, total, mean = attend(
-                best, total, mean, queries, k_cache, v_cache, table, at, position, context_len,
-                kv_head, scale, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, TILE, False,
-            )  # fmt: skip
-        for at in range(seen_by_all, seen, TILE):
-            best, total, mean = attend(
-                best, total, mean, queries, k_cache, v_cache, table, at, position, context_len,
-                kv_head, scale, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, TILE, True,
-            )  # fmt: skip
-        mean = mean / total[:, None]
+        mean = prefill_rows(
+            tl.load(q + q_row, mask=is_new, other=0.0), k_cache, v_cache,
+            block_tables + seq.to(tl.int64) * table_stride, context_len - num_new + first,
+            context_len, head // (NUM_HEADS // NUM_KV_HEADS), scale,
+            BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, BLOCK_M, TILE,
+        )  # fmt: skip
         tl.store(out + q_row, mean.to(out.dtype.element_ty), mask=is_new)
 
 
@@ -106,12 +105,10 @@ def paged_prefill_attention(
     q: [num_tokens, num_heads, head_dim] -> `out`, the same shape; sequence i owns the tokens
     [cu_seqlens[i], cu_seqlens[i + 1]), the last ones of its context_lens[i]; at most `max_new`.
     k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim]; block_tables: [num_seqs,
-    max_blocks]; context_lens: [num_seqs] int32; cu_seqlens: [num_seqs + 1] int32. The sequences
-    before `first_seq` are left out. (Slices would do that too, but a kernel is compiled anew for a
-    pointer that is aligned otherwise.)
+    max_blocks]; context_lens, cu_seqlens: int32. The sequences before `first_seq` are left out.
+    (A slice would do that too, but a kernel is compiled anew for an address aligned otherwise.)
     """
-    num_heads, head_dim = q.shape[1:]
-    block_size, num_kv_heads = k_cache.shape[1:3]
+    (num_heads, head_dim), (block_size, num_kv_heads) = q.shape[1:], k_cache.shape[1:3]
     tile, stages = (32, 1) if q.element_size() == 4 else (64, 2)
     out, pdl = torch.empty_like(q) if out is None else out, overlaps(q)
     prefill_kernel[num_heads, triton.cdiv(max_new, BLOCK_M), len(block_tables) - first_seq](

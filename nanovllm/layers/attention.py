@@ -164,8 +164,10 @@ def triton_attention(
     out, n, tables = torch.empty_like(q), context.num_decodes, context.block_tables
     lens, starts = context.context_lens, context.cu_seqlens
     if n > 0:
-        more = dict(order=context.order, counters=context.counters)
-        paged_decode_attention(q, k_cache, v_cache, tables[:n], lens, scale, out, **more)
+        paged_decode_attention(
+            q, k_cache, v_cache, tables[:n], lens, scale, out,
+            order=context.order, counters=context.counters,
+        )  # fmt: skip
     if n < len(tables):
         paged_prefill_attention(
             q, k_cache, v_cache, tables, lens, starts, context.max_new, scale, out, first_seq=n

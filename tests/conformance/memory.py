@@ -148,7 +148,7 @@ def admit(manager: BlockManager, *seqs: Sequence) -> None:
 
 
 def append(seq: Sequence, token_id: int) -> None:
-    """Append a token that has been sampled, which a step expects from chapter 7 on."""
+    """Append a token that has been sampled, which a step expects from chapter 9 on."""
     if hasattr(seq, "expect_token"):
         seq.expect_token(0)
     seq.append_token(token_id)

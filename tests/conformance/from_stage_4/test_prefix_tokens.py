@@ -161,7 +161,7 @@ def test_without_prefix_caching_every_prompt_is_run_whole(monkeypatch):
 def negate_values(llm: LLM) -> None:
     """New weights: the first layer's values turn round."""
     attention, shape = llm.model_runner.model.model.layers[0].self_attn, llm.model_config
-    merged = hasattr(attention, "qkv_proj")  # from chapter 6 on; its last rows are v's
+    merged = hasattr(attention, "qkv_proj")  # from chapter 7 on; its last rows are v's
     weight = attention.qkv_proj.weight if merged else attention.v_proj.weight
     with torch.no_grad():
         weight[-shape.num_key_value_heads * shape.head_dim :].neg_()

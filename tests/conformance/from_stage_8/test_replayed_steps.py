@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 import torch
 from checkpoints import random_prompts, save_random
-from device import ON_GPU
+from device import ON_GPU, offered
 from memory import check_empty, make_seq
 from replaying import record, replays
 
@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 def llm(request, folder):
     """An engine on the CPU whose steps are recorded."""
     options = dict(max_num_seqs=8, num_kvcache_blocks=12, kvcache_block_size=SIZE)
-    options |= dict(attention_backend="triton", async_scheduling=request.param)
+    options |= dict(attention_backend="triton", **offered(async_scheduling=request.param))
     with interpreted():
         llm = LLM(folder, device="cpu", dtype="float32", **options)
         record(llm, sizes=(12, 24), most=8)
@@ -173,5 +173,6 @@ def test_tokens_are_read_when_they_are_there(monkeypatch, folder, expected):
     """Where the copy is late, the host waits for it, once a step and no earlier."""
     monkeypatch.setattr(ModelRunner, "read_sampled", late)
     for is_pipelined in (True, False):
-        llm = LLM(folder, device="cpu", dtype="float32", async_scheduling=is_pipelined)
+        options = offered(async_scheduling=is_pipelined)
+        llm = LLM(folder, device="cpu", dtype="float32", **options)
         assert tokens(llm, PROMPTS, PARAMS) == expected

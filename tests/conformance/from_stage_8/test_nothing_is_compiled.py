@@ -14,6 +14,7 @@ from device import ON_GPU
 from replaying import record
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.warmup import warmup_steps
 from nanovllm.kernels import decode_attention, norm_rope_store
 
 pytestmark = [
@@ -34,8 +35,10 @@ def warmed_up(folder, is_recorded: bool, **options) -> LLM:
     """An engine that has done what a GPU's does when it is built."""
     options = {"kvcache_block_size": 16, "max_model_len": 200, "num_kvcache_blocks": 900, **options}
     llm = LLM(folder, device="cpu", attention_backend="triton", **options)
-    for seqs in llm.model_runner.warmup_steps():
-        llm.model_runner.run(seqs).token_ids()
+    runner = llm.model_runner
+    sizes = runner.max_num_tokens, runner.max_num_seqs, runner.max_model_len, runner.block_size
+    for seqs in warmup_steps(*sizes):
+        runner.launch(runner.pack(seqs)).token_ids()
     if is_recorded:
         record(llm, (32, 64))
     return llm
