@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ class ModelRunner:
             hidden = hidden[inputs["last"]]  # of each prompt
         return hidden
 
-    def tensor(self, values, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    def tensor(self, values: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Host values as a tensor on the device, without waiting for the copy."""
         pinned = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
         return pinned.to(self.device, non_blocking=True)

@@ -30,7 +30,7 @@ class Pipeline:
     launched, all steps but the newest must have been accounted for.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps: deque[Launched] = deque()
 
     def __len__(self) -> int:

@@ -93,11 +93,6 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens : self.num_known_tokens]
 
     @property
-    def last_token(self) -> int:
-        """The newest token."""
-        return self.token_ids[-1]
-
-    @property
     def is_finished(self) -> bool:
         """No further token will come."""
         return self.status is SequenceStatus.FINISHED

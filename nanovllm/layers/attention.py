@@ -70,7 +70,7 @@ class Attention(nn.Module):
         self.scale = scale
         self.k_cache = self.v_cache = torch.empty(0)  # the model runner sets these three
         self.backend = "torch"
-        self.norms = (None, None, 0.0)
+        self.norms: tuple[torch.Tensor | None, torch.Tensor | None, float] = (None, None, 0.0)
         if q_norm and k_norm:  # kept in a tuple, for it is the model that names its parameters
             self.norms = (q_norm.weight, k_norm.weight, q_norm.eps)
 

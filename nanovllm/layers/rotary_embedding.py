@@ -51,10 +51,9 @@ def yarn_frequencies(
     attention_factor = scaling.get("attention_factor")
     if attention_factor is None:
         mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        both = mscale and mscale_all
-        attention_factor = (
-            temperature(mscale) / temperature(mscale_all) if both else temperature(1.0)
-        )
+        attention_factor = temperature(1.0)
+        if mscale and mscale_all:
+            attention_factor = temperature(mscale) / temperature(mscale_all)
     return frequencies * (1 - stretch) + frequencies / factor * stretch, attention_factor
 
 
@@ -74,4 +73,4 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions: [num_tokens] -> the same, and the table in which they are rows"""
-        return positions, self.cos_sin
+        return positions, self.get_buffer("cos_sin")

@@ -105,6 +105,7 @@ def sample_torch(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tenso
     scores = logits.float() - best.unsqueeze(1)
     scores = scores / sampling.temperatures.clamp(min=2.0**-126).unsqueeze(1)
     if (rows := sampling.filtered) is not None:
+        assert sampling.top_ks is not None and sampling.top_ps is not None
         top_ks, top_ps = sampling.top_ks[rows], sampling.top_ps[rows]
         scores[rows] = keep_top_k_top_p(scores[rows], top_ks, top_ps)
     noise = exponential_noise(sampling.seeds, sampling.positions, logits.shape[-1])

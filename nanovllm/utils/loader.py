@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -59,12 +59,12 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
             yield name, stored
 
 
-def check_tied_head(model: nn.Module, stored, folder: Path) -> None:
+def check_tied_head(model: nn.Module, stored: Any, folder: Path) -> None:
     """Warn of a stored head that is not the embedding, which serves as the head when tied.
 
     Some checkpoints store a copy; where it is another matrix, one of two files is wrong.
     """
-    head, layer = model.get_parameter("lm_head.weight"), model.get_submodule("lm_head")
+    head, layer = model.get_parameter("lm_head.weight"), cast(Any, model.get_submodule("lm_head"))
     if not torch.equal(head.cpu(), layer.take("weight", stored).to(head.dtype)):
         warnings.warn(
             f"{folder}: lm_head.weight differs from the embedding, which config.json ties the head "
@@ -110,13 +110,13 @@ def load_model(model: nn.Module, folder: Path) -> None:
 Target = tuple[Any, str, torch.Tensor]  # a layer, one of its parameters' names, and its memory
 
 
-def targets(model: nn.Module) -> dict[str, Target]:
+def targets(model: Any) -> dict[str, Target]:
     """Where each tensor of a checkpoint goes: to a parameter, or to a part of a merged one."""
     found, packed = {}, model.packed_modules_mapping
     for name, parameter in model.named_parameters():
         path, _, kind = name.rpartition(".")
         parent, _, merged = path.rpartition(".")
-        layer = model.get_submodule(path)
+        layer: Any = model.get_submodule(path)
         parts = {part: index for part, (owner, index) in packed.items() if owner == merged}
         for part, index in parts.items():
             found[f"{parent}.{part}.{kind}"] = layer, kind, layer.part(kind, index)
@@ -125,7 +125,7 @@ def targets(model: nn.Module) -> dict[str, Target]:
     return found
 
 
-def fill(target: Target, stored, name: str) -> None:
+def fill(target: Target, stored: Any, name: str) -> None:
     """Copy what the layer takes of a stored tensor; ValueError where that does not fit."""
     layer, kind, memory = target
     with as_value_error(f"{name} can't be read"):
