@@ -160,12 +160,12 @@ def split_context(height: int = 778) -> Axes:
         block_ids = [str(block_id) for block_id in table[part * 3 : part * 3 + 3]]
         cells(ax, x + 80, program_y + 62, [KEPT] * 3, 36, texts=block_ids)
         arrow(ax, (centre, program_y + 112), (centre, out_y - 14))
-        label(ax, centre, out_y, f"m{part}, l{part}, o{part}")
+        label(ax, centre, out_y, f"mean{part}, lse{part}")
         arrow(ax, (centre, out_y + 14), (centre, join_y))
     label(ax, 14, table_y - 38, "block_table", SMALL, ha="left", bold=True)
     box(ax, 14, join_y, 672, 84, fill=NEUTRAL)
     label(ax, WIDTH / 2, join_y + 24, "The program that ends last joins the three:", bold=True)
-    text = "m = max mᵢ,  l = Σ exp(mᵢ − m) lᵢ,  o = Σ exp(mᵢ − m) oᵢ,  result: o / l"
+    text = "wᵢ = 2^(lseᵢ − largest lse),   result: Σ wᵢ meanᵢ / Σ wᵢ"
     label(ax, WIDTH / 2, join_y + 58, text)
     y = join_y + 112
     label(ax, 14, y, "inside a program, a block at a time", ha="left", bold=True)
