@@ -1,6 +1,20 @@
 """What takes memory on the device, and what is left for the cache."""
 
+from math import prod
+
+import numpy as np
 import torch
+
+CPU_CACHE_BYTES = 2**30  # for a larger cache on a CPU set num_kvcache_blocks
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """torch.zeros; on a CPU no page of it takes memory before it is used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    data = np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(data).view(dtype).view(shape)
+
 
 CUDA_BYTES = 2**30  # what CUDA itself holds for a process: context, kernels, graphs; about
 

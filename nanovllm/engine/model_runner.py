@@ -8,12 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.graphs import PREFILL_SIZES, Graphs, graph_shapes
-from nanovllm.engine.memory import left_for_cache, reserved_memory
+from nanovllm.engine.memory import CPU_CACHE_BYTES, left_for_cache, reserved_memory, zeros
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import InputLayout, Inputs, Packer, Shape, Step
 from nanovllm.engine.warmup import warmup_steps
@@ -24,17 +23,6 @@ from nanovllm.models import MODELS
 from nanovllm.utils.context import NUM_COUNTERS, Context, set_context
 from nanovllm.utils.loader import fill_with_noise, load_model
 from nanovllm.utils.torch_settings import DefaultDtype
-
-
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """torch.zeros; on a CPU no page of it takes memory before it is used."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    data = np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(data).view(dtype).view(shape)
-
-
-CPU_CACHE_BYTES = 2**30  # for a larger cache on a CPU set num_kvcache_blocks
 
 
 @dataclass(slots=True)
