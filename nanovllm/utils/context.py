@@ -76,8 +76,13 @@ def set_context(context: Context) -> Iterator[None]:
     """Make `context` the batch that this thread runs, for the length of a `with`; no nesting."""
     if _context.get() is not None:
         raise RuntimeError("a batch is being run already")
-    token = _context.set(context)
+    _context.set(context)
     try:
         yield
     finally:
-        _context.reset(token)
+        reset_context()
+
+
+def reset_context() -> None:
+    """This thread runs no batch any more."""
+    _context.set(None)
