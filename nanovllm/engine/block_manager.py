@@ -158,11 +158,6 @@ class BlockManager:
         for block in self.blocks:
             self.forget(block)
 
-    @property
-    def hit_rate(self) -> float:
-        """The share of the admitted tokens that were found in the cache."""
-        return self.num_hit_tokens / max(self.num_queried_tokens, 1)
-
     def check_integrity(self, seqs: Iterable[Sequence]) -> None:
         """Raise RuntimeError unless the books agree with these sequences' tables.
 

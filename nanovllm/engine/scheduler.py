@@ -12,51 +12,55 @@ class Scheduler:
     """Continuous batching: the batch is put together anew for every step.
 
     One law: each step gives every running sequence tokens until its `num_computed_tokens` catches
-    up with its `num_tokens`, under a budget of tokens.
+    up with its `num_tokens`, under a budget of tokens. The policy:
+
+    - Sequences that lack one token get it first: decodes. Then a prompt that has begun gets what
+      it lacks, then new requests are admitted. What does not fit into the budget comes later.
+    - First come, first served: only the head of the queue is admitted, while fewer than
+      `max_num_seqs` run, and when there are blocks for all tokens that it has now, and a few to
+      spare. Nothing is set aside for what it will generate.
+    - When a decode needs a block and none is free, the youngest running sequence is preempted: it
+      gives back all its blocks, waits at the head of the queue, and computes its tokens again.
+      Nobody is admitted in such a step.
+
+    The oldest is never preempted while another runs, and alone it fits into the cache: requests
+    that do not are refused when they arrive. So the oldest always ends, and all have their turn.
     """
 
     def __init__(self, config: Config, num_blocks: int, eos_token_ids: tuple[int, ...]):
         self.config = config
         self.num_blocks = num_blocks
         self.eos_token_ids = eos_token_ids
+        # Each running sequence may bring one token, and all of them must fit into the budget.
         self.max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
-        self.reset()
-
-    def reset(self, error: BaseException | None = None) -> None:
-        """Forget every request, whatever state `error` left it in: all blocks are free."""
-        for seq in (*self.waiting, *self.running):
-            if not seq.is_finished:
-                seq.finish("abort", error)
-        self.waiting, self.running = deque(), []
-        self.block_manager = BlockManager(
-            self.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
-        )
-        self.num_preemptions = 0
-
-    def is_finished(self) -> bool:
-        """True when no request is left."""
-        return not self.waiting and not self.running
+        self.waiting: deque[Sequence] = deque()  # those that were preempted stand at its head
+        self.running: list[Sequence] = []  # in the order of admission: oldest first
+        self.reset()  # makes the block manager
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence behind the others."""
         self.waiting.append(seq)
 
+    def is_finished(self) -> bool:
+        """True when no request is left."""
+        return not self.waiting and not self.running
+
     def schedule(self) -> list[Sequence]:
         """The sequences of the next step, each with its `num_scheduled_tokens`.
 
-        First come those that bring one token, then those that bring several. A request that runs
-        never waits for one that arrives: decodes, then prompts that have begun, then new ones.
+        The budget goes to decodes, then to prompts that have begun, then to new ones: a request
+        that runs never waits for one that arrives. In the result, those that bring one token come
+        first, then those that bring several.
         """
-        num_preemptions = self.num_preemptions
+        preemptions_before = self.num_preemptions
         singles = self.schedule_decodes()
-        budget, chunks = self.config.max_num_batched_tokens - len(singles), []
+        budget = self.config.max_num_batched_tokens - len(singles)
+        chunks: list[Sequence] = []
         unfinished = [seq for seq in self.running if seq.num_missing_tokens > 1]
         while budget > 0:
             if unfinished:
                 seq = unfinished.pop(0)
-            elif num_preemptions == self.num_preemptions and self.can_admit():
+            elif self.num_preemptions == preemptions_before and self.can_admit():
                 seq = self.admit()
             else:
                 break
@@ -64,12 +68,6 @@ class Scheduler:
             budget -= seq.num_scheduled_tokens
             (chunks if seq.num_scheduled_tokens > 1 else singles).append(seq)
         return singles + chunks
-
-    def schedule_tokens(self, seq: Sequence, num_tokens: int) -> None:
-        """Let a sequence bring its next tokens; blocks that are known can be found."""
-        seq.num_scheduled_tokens = num_tokens
-        num_computed = seq.num_computed_tokens + num_tokens
-        self.block_manager.cache_blocks(seq, min(num_computed, seq.num_known_tokens))
 
     def schedule_decodes(self) -> list[Sequence]:
         """One token for each sequence that lacks one, oldest first; the youngest make room."""
@@ -87,7 +85,11 @@ class Scheduler:
         return decodes
 
     def preempt(self) -> None:
-        """Take its blocks from the youngest; it goes on later, from what is then in the cache."""
+        """Take all blocks from the youngest running sequence; it waits at the head of the queue.
+
+        It keeps its tokens. They are computed again when it is admitted again, except those that
+        the prefix cache still has.
+        """
         seq = self.running.pop()
         self.block_manager.deallocate(seq)
         seq.status = SequenceStatus.WAITING
@@ -97,15 +99,17 @@ class Scheduler:
         self.waiting.appendleft(seq)
 
     def can_admit(self) -> bool:
-        """May the request at the head of the queue start, with blocks for all that it holds?"""
+        """May the head of the queue start? It needs a place, and blocks for all that it has now.
+
+        A hundredth of the pool is left to those that run: they grow, and would soon preempt it.
+        """
         if not self.waiting or len(self.running) == self.max_num_seqs:
             return False
-        # What runs will grow: a part of the pool is left for it, so that it need not preempt soon.
         reserve = self.num_blocks // 100 if self.running else 0
         return self.block_manager.can_allocate(self.waiting[0], reserve)
 
     def admit(self) -> Sequence:
-        """Start the request at the head of the queue."""
+        """Start the head of the queue: it gets its blocks, and is the youngest that runs."""
         seq = self.waiting.popleft()
         self.block_manager.allocate(seq)
         if seq.num_preemptions == 0:
@@ -113,6 +117,12 @@ class Scheduler:
         seq.status = SequenceStatus.RUNNING
         self.running.append(seq)
         return seq
+
+    def schedule_tokens(self, seq: Sequence, num_tokens: int) -> None:
+        """Let a sequence bring its next tokens; blocks that are known can be found."""
+        seq.num_scheduled_tokens = num_tokens
+        num_computed = seq.num_computed_tokens + num_tokens
+        self.block_manager.cache_blocks(seq, min(num_computed, seq.num_known_tokens))
 
     def postprocess(self, seqs: list[Sequence], token_ids: list[int | None]) -> list[Sequence]:
         """Hand out a step's tokens; returns the sequences that gained one by it, or ended."""
@@ -142,3 +152,14 @@ class Scheduler:
                     queue.remove(seq)
                     return
         raise ValueError(f"request {seq_id} is not in the engine")
+
+    def reset(self, error: BaseException | None = None) -> None:
+        """Forget every request, whatever state `error` left it in: all blocks are free."""
+        for seq in (*self.waiting, *self.running):
+            if not seq.is_finished:
+                seq.finish("abort", error)
+        self.waiting, self.running = deque(), []
+        self.block_manager = BlockManager(
+            self.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
+        )
+        self.num_preemptions = 0

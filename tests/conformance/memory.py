@@ -40,6 +40,11 @@ def block_manager(llm: LLM) -> BlockManager:
     return queues(llm).block_manager
 
 
+def hit_rate(manager: BlockManager) -> float:
+    """The share of the admitted tokens that were found in the cache."""
+    return manager.num_hit_tokens / max(manager.num_queried_tokens, 1)
+
+
 def num_free(manager: BlockManager) -> int:
     """How many blocks nobody owns."""
     return len(free_ids(manager))
