@@ -175,6 +175,7 @@ def checks() -> Count:
         + check("nanovllm/ is what the chapters say", *tangled, "--check")
         + check("no name is defined too often", *tangled, "--count")
         + check("types", sys.executable, "-m", "mypy")
+        + check("the sizes stay in their limits", sys.executable, "tests/sizes.py")
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import sys
 import tokenize
 from collections.abc import Iterator
@@ -92,6 +93,19 @@ def cells() -> list[tuple[int, str]]:
         if path:
             found.append((len(lines), f"{cell.chapter}, cell {cell.number}: {path}"))
     return sorted(found, reverse=True)
+
+
+def cells_without_words() -> list[str]:
+    """Export cells that stand open on the page with no paragraph before them."""
+    found = []
+    for path in tangle.chapters():
+        before = ""
+        for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"], 1):
+            is_open = "hide-input" not in cell["metadata"].get("tags", ())
+            if "".join(cell["source"]).startswith("#| ") and is_open and before != "markdown":
+                found.append(f"{path.name}, cell {number}")
+            before = cell["cell_type"]
+    return found
 
 
 def imports(sources: dict[str, str]) -> dict[str, set[str]]:
@@ -208,6 +222,7 @@ def broken(sources: dict[str, str], code: dict[str, int]) -> Iterator[str]:
     for lines, name in cells():
         if lines > CELL_LINES:
             yield f"{name} has {lines} lines, more than {CELL_LINES}"
+    yield from (f"{name} has no words before it" for name in cells_without_words())
     if (total := sum(code.values())) > PACKAGE_CODE:
         yield f"the package has {total} lines of code, more than {PACKAGE_CODE}"
     yield from bad_imports(imports(sources))

@@ -119,7 +119,7 @@ class Scheduler:
         return seq
 
     def schedule_tokens(self, seq: Sequence, num_tokens: int) -> None:
-        """Let a sequence bring its next tokens; blocks that are known can be found."""
+        """Let a sequence bring its next tokens; a block is found once all its tokens are known."""
         seq.num_scheduled_tokens = num_tokens
         num_computed = seq.num_computed_tokens + num_tokens
         self.block_manager.cache_blocks(seq, min(num_computed, seq.num_known_tokens))
