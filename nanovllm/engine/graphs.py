@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from nanovllm.engine.memory import reserved_memory
-from nanovllm.engine.step_inputs import Inputs, Shape
+from nanovllm.engine.step_inputs import Inputs, Shape, Step
 
 MAX_PREFILL_SEQS = 8  # in a step with a prompt that is recorded
 PREFILL_SIZES = (64, 128, 256, 512, 1024, 2048)  # its tokens
@@ -21,17 +22,7 @@ def graph_shapes(max_num_tokens: int, max_num_seqs: int) -> list[Shape]:
     return [Shape(n, n) for n in sizes] + [Shape(n, MAX_PREFILL_SEQS) for n in prefills]
 
 
-def capture(
-    step: Callable[[], torch.Tensor], pool: Any
-) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-    """Record what a step launches; returns the graph and what the step returned.
-
-    Other threads may go on using the GPU meanwhile.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        hidden = step()
-    return graph, hidden
+Ran = tuple[torch.Tensor, Inputs]  # hidden states, [num_seqs, hidden_size], and what they are of
 
 
 @dataclass(slots=True)
@@ -39,36 +30,31 @@ class Graph:
     """A step of some shape, recorded."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: Inputs
-    hidden: torch.Tensor  # [num_seqs, hidden_size]: what a replay makes its logits of
+    ran: Ran  # the same memory at each replay
 
 
-BlankStep = Callable[[Shape], tuple[Inputs, Callable[[], torch.Tensor]]]
+def capture(run: Callable[[], Ran], pool: Any) -> Graph:
+    """Record what a step launches; other threads may go on using the GPU meanwhile."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        ran = run()
+    return Graph(graph, ran)
 
 
 class Graphs:
     """The recorded steps, by shape, small ones first. All share one pool of memory."""
 
-    def __init__(self, blank_step: BlankStep):
-        self.blank_step = blank_step
+    def __init__(self, blank_step: Callable[[Shape], Step], execute: Callable[[Step], Ran]):
+        self.blank_step, self.execute = blank_step, execute
         self.recorded: dict[Shape, Graph] = {}
 
-    def shape_for(self, step: Shape) -> Shape:
-        """The smallest recorded shape that holds this step, else the step's own."""
-        return next((shape for shape in self.recorded if step.fits(shape)), step)
-
-    def inputs(self, shape: Shape) -> Inputs | None:
-        """Where a replay finds its inputs; None where nothing is recorded."""
-        graph = self.recorded.get(shape)
-        return graph.inputs if graph else None
-
-    def replay(self, shape: Shape) -> torch.Tensor | None:
-        """Run the recorded step and return its hidden states; None where nothing is recorded."""
-        graph = self.recorded.get(shape)
-        if graph is None:
-            return None
-        graph.graph.replay()
-        return graph.hidden
+    def run(self, step: Step) -> Ran:
+        """Run a step whose inputs are on the device: replayed, or kernel by kernel."""
+        recorded = self.recorded.get(step.shape)
+        if recorded is None:
+            return self.execute(step)
+        recorded.graph.replay()
+        return recorded.ran
 
     def capture_all(self, shapes: list[Shape], pool: Any) -> None:
         """Record a step of each shape, the largest first: the others find room in what it took."""
@@ -78,10 +64,9 @@ class Graphs:
     @torch.inference_mode()
     def record(self, shape: Shape, pool: Any) -> Graph:
         """A step of this shape, all of it padding, run once and then recorded."""
-        inputs, step = self.blank_step(shape)
-        step()
-        graph, hidden = capture(step, pool)
-        return Graph(graph, inputs, hidden)
+        run = partial(self.execute, self.blank_step(shape))
+        run()
+        return capture(run, pool)
 
     def estimate_bytes(self, shapes: list[Shape], device: torch.device) -> int:
         """About how much memory recording these shapes will take, from three of them."""

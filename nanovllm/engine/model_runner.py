@@ -1,9 +1,7 @@
 """Runs the model: sequences in, one new token for each out."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 
 from nanovllm.config import Config, ModelConfig
-from nanovllm.engine.graphs import PREFILL_SIZES, Graphs, graph_shapes
+from nanovllm.engine.graphs import PREFILL_SIZES, Graphs, Ran, graph_shapes
 from nanovllm.engine.memory import CPU_CACHE_BYTES, left_for_cache, reserved_memory, zeros
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import InputLayout, Inputs, Packer, Shape, Step
@@ -60,7 +58,7 @@ class ModelRunner:
             load_model(self.model, folder)
         self.sampler = Sampler()
         self.allocate_inputs(config)
-        self.graphs = Graphs(self.blank_step)
+        self.graphs = Graphs(self.blank_step, self.execute)
         self.step_bytes = self.graph_bytes = 0
         if self.on_gpu:
             self.warmup_model(config)
@@ -73,8 +71,8 @@ class ModelRunner:
         return self.launch(self.pack(seqs))
 
     def pack(self, seqs: list[Sequence]) -> Step:
-        """Lay out a step, padded to the smallest recorded shape that holds it, if there is one."""
-        return self.packer.pack(seqs, self.graphs.shape_for(Shape.of(seqs)))
+        """Lay out a step on the host: what `launch` takes, here or in another process."""
+        return self.packer.pack(seqs)
 
     def forward(self, step: Step, inputs: Inputs) -> torch.Tensor:
         """The hidden state of each sequence's last token, [num_seqs, hidden_size]."""
@@ -102,7 +100,7 @@ class ModelRunner:
     def exit(self) -> None:
         """Let go of model, cache and graphs, whoever still holds the runner; it can't run again."""
         del self.model, self.kv_cache
-        self.graphs = Graphs(self.blank_step)
+        self.graphs = Graphs(self.blank_step, self.execute)
 
     def allocate_kv_cache(self, config: Config) -> None:
         """The pool of `num_blocks` blocks, and how attention is to read it."""
@@ -156,24 +154,22 @@ class ModelRunner:
     def launch(self, step: Step) -> Result:
         """Bring a step to the device and let it run: replayed, or kernel by kernel."""
         with self.current_device():
-            inputs = self.receive(step)
-            hidden = self.graphs.replay(step.shape)
-            if hidden is None:
-                hidden = self.execute(step, inputs)
+            self.receive(step)
+            hidden, inputs = self.graphs.run(step)
             self.resample(hidden, inputs, step.filtered)
             return self.read_sampled(step.num_seqs)
 
-    def receive(self, step: Step) -> Inputs:
-        """The step's inputs on the device, in the buffer that all steps share."""
+    def receive(self, step: Step) -> None:
+        """Bring a step's inputs to the device, into the buffer that all steps share."""
         self.input_buffer[: len(step.host)].copy_(step.host, non_blocking=True)
-        return self.graphs.inputs(step.shape) or step.layout.tensors(self.input_buffer)
 
-    def execute(self, step: Step, inputs: Inputs) -> torch.Tensor:
-        """Run the model and sample; returns the hidden states. This is what a graph records."""
+    def execute(self, step: Step) -> Ran:
+        """Run the model and sample, on the inputs in the buffer. This is what a graph records."""
+        inputs = step.layout.tensors(self.input_buffer)
         input_ids = resolve_tokens(inputs["input_ids"], self.sampled)
         hidden = self.forward(step, {**inputs, "input_ids": input_ids})
         self.sample(hidden, inputs, step.all_greedy)
-        return hidden
+        return hidden, inputs
 
     def read_sampled(self, num_seqs: int) -> Result:
         """Ask for the step's tokens, to be read when they are there."""
@@ -212,6 +208,7 @@ class ModelRunner:
         pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
         with self.current_device():
             self.graphs.capture_all(shapes, pool)
+        self.packer.shapes = shapes
 
     def graph_shapes(self, config: Config) -> list[Shape]:
         """The shapes of the steps that this engine records."""
@@ -219,11 +216,11 @@ class ModelRunner:
             return []
         return graph_shapes(self.max_num_tokens, self.max_num_seqs)
 
-    def blank_step(self, shape: Shape) -> tuple[Inputs, Callable[[], torch.Tensor]]:
-        """A step that is all padding: its inputs on the device, and what runs it."""
+    def blank_step(self, shape: Shape) -> Step:
+        """A step that is all padding, its inputs on the device."""
         step = self.packer.pack([], shape)
-        inputs = self.receive(step)
-        return inputs, partial(self.execute, step, inputs)
+        self.receive(step)
+        return step
 
     def current_device(self) -> AbstractContextManager:
         """Make the device the current one of CUDA, for the length of a `with`."""

@@ -172,9 +172,16 @@ class Packer:
     def __init__(self, block_size: int, max_blocks: int, pin_memory: bool):
         self.block_size, self.max_blocks = block_size, max_blocks
         self.pin_memory = pin_memory
+        self.shapes: list[Shape] = []  # those that are recorded, small ones first
 
-    def pack(self, seqs: list[Sequence], shape: Shape) -> Step:
+    def shape_for(self, seqs: list[Sequence]) -> Shape:
+        """The smallest recorded shape that holds the step of these sequences, else its own."""
+        own = Shape.of(seqs)
+        return next((shape for shape in self.shapes if own.fits(shape)), own)
+
+    def pack(self, seqs: list[Sequence], shape: Shape | None = None) -> Step:
         """The step of these sequences, padded to `shape`; without any, all of it is padding."""
+        shape = self.shape_for(seqs) if shape is None else shape
         layout = InputLayout(shape, self.max_blocks)
         host = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=self.pin_memory)
         put = layout.arrays(host.numpy())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from nanovllm import LLM
 from nanovllm.engine import graphs
@@ -14,18 +13,18 @@ from nanovllm.engine import graphs
 class Replayed:
     """In the place of a CUDA graph: a replay runs the step again, on what its inputs hold then."""
 
-    def __init__(self, step: Callable[[], torch.Tensor]):
-        self.step, self.hidden, self.num_replays = step, step(), 0
+    def __init__(self, run: Callable[[], graphs.Ran]):
+        self.run, self.ran, self.num_replays = run, run(), 0
 
     def replay(self) -> None:
         self.num_replays += 1
-        self.hidden.copy_(self.step())
+        self.ran[0].copy_(self.run()[0])
 
 
-def capture(step: Callable[[], torch.Tensor], pool: None) -> tuple[Replayed, torch.Tensor]:
+def capture(run: Callable[[], graphs.Ran], pool: None) -> graphs.Graph:
     """In the place of `graphs.capture`."""
-    graph = Replayed(step)
-    return graph, graph.hidden
+    graph = Replayed(run)
+    return graphs.Graph(graph, graph.ran)
 
 
 def record(llm: LLM, sizes: tuple[int, ...], most: int = 512) -> None:

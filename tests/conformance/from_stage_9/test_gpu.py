@@ -28,7 +28,6 @@ import nanovllm.kernels
 from nanovllm import LLM, SamplingParams
 from nanovllm.bench import SHAPES
 from nanovllm.engine import graphs
-from nanovllm.engine.step_inputs import Shape
 
 pytestmark = pytest.mark.gpu
 NUM_REQUESTS = int(os.environ.get("NANOVLLM_REQUESTS", 300))
@@ -169,13 +168,13 @@ def test_a_step_that_is_padded_writes_only_its_own_slots(monkeypatch):
         async_scheduling=False, kvcache_block_size=size, num_kvcache_blocks=64, max_num_seqs=8
     ) as llm:
         runner, shapes = llm.model_runner, []
-        shape_for = runner.graphs.shape_for
+        shape_for = runner.packer.shape_for
 
         def watched(step):
             shapes.append(shape_for(step))
             return shapes[-1]
 
-        monkeypatch.setattr(runner.graphs, "shape_for", watched)
+        monkeypatch.setattr(runner.packer, "shape_for", watched)
         generator = torch.Generator("cuda").manual_seed(0)
         runner.kv_cache.normal_(generator=generator)
         for prompt in random_prompts((3, 5, 9, 15, 20), 1536, seed=73):
@@ -342,9 +341,9 @@ def test_bfloat16_logits_are_close_to_the_reference(bundled, monkeypatch, batch)
         runner, run, logits = llm.model_runner, llm.model_runner.run, {}
 
         def recording(seqs):
-            result, shape = run(seqs), runner.graphs.shape_for(Shape.of(seqs))
+            result, shape = run(seqs), runner.packer.shape_for(seqs)
             with torch.inference_mode():
-                rows = runner.model.compute_logits(runner.graphs.recorded[shape].hidden)
+                rows = runner.model.compute_logits(runner.graphs.recorded[shape].ran[0])
             for seq, row in zip(seqs, rows, strict=False):
                 logits.setdefault(seq.seq_id, []).append(row.float().cpu())
             return result
