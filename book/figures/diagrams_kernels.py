@@ -168,7 +168,7 @@ def split_context(height: int = 778) -> Axes:
     text = "wᵢ = 2^(lseᵢ − largest lse),   result: Σ wᵢ meanᵢ / Σ wᵢ"
     label(ax, WIDTH / 2, join_y + 58, text)
     y = join_y + 112
-    label(ax, 14, y, "inside a program, a block at a time", ha="left", bold=True)
+    label(ax, 14, y, "inside a program, a tile at a time", ha="left", bold=True)
     for row in range(2):
         label(ax, 58, y + 63 + row * 30, f"q{row}", ha="right")
         cells(ax, 66, y + 48 + row * 30, [NOW] * 4, 30)

@@ -7,7 +7,7 @@ from nanovllm.kernels.jit import tl, triton
 def tile_slots(table, at, stop, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
     """The slots of TILE tokens of a text from `at` on, [TILE] int64; of none behind `stop`.
 
-    A block of -1 is no address: a row that has lost its blocks reads one that exists.
+    -1 is padding, or stands for a sequence that was cancelled: block 0 is read, and ignored.
     """
     column = tl.arange(0, TILE)
     if BLOCK_SIZE % TILE == 0:  # the tile lies in one block
@@ -24,7 +24,7 @@ def take_scores(best, total, mean, scores):
     """The online softmax: the running maximum, sum and mean of each row, and the tile's weights.
 
     best, total: [rows]; mean: [rows, HEAD_DIM], the tile's own values yet to be added; scores:
-    [rows, TILE], as powers of two.
+    [rows, TILE], exponents of 2.
     """
     new_best = tl.maximum(best, tl.max(scores, axis=1))
     shrink = tl.exp2(best - new_best)

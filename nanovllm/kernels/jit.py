@@ -43,7 +43,7 @@ def is_interpreted() -> bool:
 
 
 def uses_triton(x: torch.Tensor) -> bool:
-    """Is this tensor a kernel's business (a GPU's, or anyone's while interpreted)?"""
+    """Does a kernel take this tensor: any on a GPU, and all while `interpreted`?"""
     return x.is_cuda or _interpreted
 
 
@@ -74,8 +74,8 @@ def wait_for_inputs(PDL: tl.constexpr):
     """Let the next kernel start early, then wait until the one before has written its results.
 
     What a kernel does before this call overlaps the end of its predecessors. There it may read
-    weights and the step's inputs, which lie ready since before the embedding, and nothing that
-    any kernel after that writes. (The embedding is torch's: no kernel starts before its end.)
+    weights and the step's inputs, and nothing that a kernel of the step writes. (The embedding is
+    torch's, and no kernel starts before its end; the inputs lie ready since before it.)
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -71,7 +71,7 @@ class Attention(nn.Module):
         self.k_cache = self.v_cache = torch.empty(0)  # the model runner sets these three
         self.backend = "torch"
         self.norms: tuple[torch.Tensor | None, torch.Tensor | None, float] = (None, None, 0.0)
-        if q_norm and k_norm:  # kept in a tuple, for it is the model that names its parameters
+        if q_norm and k_norm:  # in a tuple, so that torch does not register them here too
             self.norms = (q_norm.weight, k_norm.weight, q_norm.eps)
 
     def forward(self, qkv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
