@@ -22,7 +22,7 @@ def graph_shapes(max_num_tokens: int, max_num_seqs: int) -> list[Shape]:
     return [Shape(n, n) for n in sizes] + [Shape(n, MAX_PREFILL_SEQS) for n in prefills]
 
 
-Ran = tuple[torch.Tensor, Inputs]  # hidden states, [num_seqs, hidden_size], and what they are of
+Ran = tuple[torch.Tensor, Inputs]  # hidden states, [num_seqs, hidden_size], and a step's inputs
 
 
 @dataclass(slots=True)

@@ -47,9 +47,9 @@ class InputLayout:
         self.fields = {  # name: (type, shape, what the padding is)
             "input_ids": (np.int64, tokens, 0),
             "positions": (np.int64, tokens, 0),
-            "slot_mapping": (np.int64, tokens, -1),  # -1: not to be stored
+            "slot_mapping": (np.int64, tokens, -1),  # -1: nothing is stored
             "seeds": (np.int64, seqs, 0),
-            "lengths": (np.int64, seqs, 0),  # with the tokens that are not computed
+            "lengths": (np.int64, seqs, 0),  # all its tokens: the position of the one to be sampled
             "top_ks": (np.int64, seqs, 0),
             "last": (np.int64, seqs, 0),  # which of the step's tokens is the sequence's last
             "temperatures": (np.float32, seqs, 0),
@@ -112,7 +112,7 @@ def slot_mapping(
     position: np.ndarray,
     block_size: int,
 ) -> np.ndarray:
-    """Each token's slot, [num_tokens] int64; -1 for one that is kept already, or has no block.
+    """Each token's slot, [num_tokens] int64; -1 for one that is cached, or has no block.
 
     tables: [num_seqs, max_blocks], -1 where there is no block; row, position: [num_tokens], whose
     each token is, and where in the text.

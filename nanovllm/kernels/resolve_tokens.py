@@ -11,7 +11,8 @@ def resolve_tokens(input_ids: torch.Tensor, sampled: torch.Tensor) -> torch.Tens
     """Replace each placeholder -1 - i by what row i of the step before has sampled.
 
     input_ids: [num_tokens] int64 -> the same shape; sampled: [most sequences in a step] int64.
-    A sampled -1 (its logits held a NaN) becomes 0: the row is nobody's, but the embedding reads it.
+    A sampled -1 (its logits held a NaN) becomes 0: its request will end with an error, but may have
+    a row in this step.
     """
     if not uses_triton(input_ids):
         known = sampled[(-1 - input_ids).clamp(min=0)].clamp(min=0)
