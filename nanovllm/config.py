@@ -31,7 +31,9 @@ class Config:
         "in half precision rounding may depend on the batch",
         minimum=0,
     )
-    tensor_parallel_size: int = option(1, "GPUs that share the model: 1", minimum=1, maximum=1)
+    tensor_parallel_size: int = option(
+        1, "GPUs, or processes on a CPU, that share the model", minimum=1
+    )
     max_num_seqs: int = option(512, "most sequences that run at once", minimum=1)
     max_num_batched_tokens: int = option(16384, "most tokens in a step", minimum=1)
     kvcache_block_size: int = option(256, "tokens in a block of the cache", minimum=1)
@@ -154,3 +156,24 @@ class ModelConfig:
         """The same with one more end-of-sequence token: a tokenizer names one, too."""
         eos = self.eos_token_ids if token_id is None else {*self.eos_token_ids, token_id}
         return replace(self, eos_token_ids=tuple(sorted(eos)))
+
+    def shard(self, size: int) -> "ModelConfig":
+        """The shape of one rank's part among `size`; ValueError where it does not divide."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        for name in ("num_attention_heads", "intermediate_size"):
+            if getattr(self, name) % size:
+                raise ValueError(
+                    f"tensor_parallel_size={size} does not divide the model's {name}, "
+                    f"{getattr(self, name)}"
+                )
+        if max(kv_heads, size) % min(kv_heads, size):
+            raise ValueError(
+                f"tensor_parallel_size={size} and the model's num_key_value_heads, {kv_heads}, "
+                "do not divide each other"
+            )
+        return replace(
+            self,
+            num_attention_heads=heads // size,
+            num_key_value_heads=max(1, kv_heads // size),
+            intermediate_size=self.intermediate_size // size,
+        )

@@ -75,7 +75,7 @@ def test_stop_may_be_given_again():
         ["generate", "Hi", "--model", "a/" + "x" * 300],
         ["generate", "Hi", "--model", "nobody/nothing"],
         ["generate", "Hi", "--max-model-len", "5000"],
-        ["generate", "Hi", "--tensor-parallel-size", "2"],
+        ["generate", "Hi", "--tensor-parallel-size", "3"],
         ["generate", "Hi", "--device", "tpu"],
         ["generate", b"\xff"],
         ["bench", "--shape", "qwen9"],

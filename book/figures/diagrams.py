@@ -1,7 +1,7 @@
 """Draw the book's diagrams: `python book/figures/diagrams.py` writes the pictures here.
 
 Those of chapters 1 and 2 are here, those of chapters 3 to 5 in diagrams_blocks.py,
-those of chapters 6 to 9 in diagrams_kernels.py.
+those of chapters 6 to 9 in diagrams_kernels.py, that of chapter 10 in diagrams_parallel.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from matplotlib.patches import Arc, Circle, Rectangle
 
 import diagrams_blocks
 import diagrams_kernels
+import diagrams_parallel
 from drawing import (
     INK,
     KEPT,
@@ -255,7 +256,8 @@ DIAGRAMS = (decode_loop, gqa, naive_recompute, prefill_decode, cache_rows, rope)
 
 def main() -> None:
     """Write every diagram."""
-    for draw in DIAGRAMS + diagrams_blocks.DIAGRAMS + diagrams_kernels.DIAGRAMS:
+    others = diagrams_blocks, diagrams_kernels, diagrams_parallel
+    for draw in (*DIAGRAMS, *(draw for module in others for draw in module.DIAGRAMS)):
         save(draw)
 
 

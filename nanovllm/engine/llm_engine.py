@@ -12,6 +12,7 @@ from typing import Any
 from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.outputs import Outbox, RequestOutput, StreamPiece, output_of
+from nanovllm.engine.parallel_runner import make_runner
 from nanovllm.engine.pipeline import Pipeline
 from nanovllm.engine.progress import Progress
 from nanovllm.engine.requests import Limits, make_sequence, pair_up
@@ -49,7 +50,7 @@ class LLMEngine:
 
     def make_runner(self, folder: Path) -> ModelRunner:
         """What runs the model of a checkpoint's folder."""
-        return ModelRunner(self.config, self.model_config, folder, self.max_model_len)
+        return make_runner(self.config, self.model_config, folder, self.max_model_len)
 
     def make_queues(self) -> None:
         """Where the requests stand: in the scheduler's queues."""

@@ -18,6 +18,7 @@ from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.layers.attention import Attention, choose_backend
 from nanovllm.layers.sampler import ROWS, Sampler, SamplingTensors, sample_torch
 from nanovllm.models import MODELS
+from nanovllm.parallel.group import get_group
 from nanovllm.utils.context import NUM_COUNTERS, Context, set_context
 from nanovllm.utils.loader import fill_with_noise, load_model
 from nanovllm.utils.torch_settings import DefaultDtype
@@ -142,13 +143,18 @@ class ModelRunner:
             shapes = self.graph_shapes(config)
             self.graph_bytes = self.graphs.estimate_bytes(shapes, self.device)
 
+    def all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits of all ranks. hidden: [num_seqs, hidden_size] -> [num_seqs, vocab_size]"""
+        return self.sampler.group.gather(self.model.compute_logits(hidden))
+
     def cache_budget(self, config: Config) -> int:
-        """How many bytes the cache may take; ValueError, with the sum, where none are left."""
+        """How many bytes the cache may take on each rank; ValueError where none are left."""
         if not self.on_gpu:
             return CPU_CACHE_BYTES
         weights = reserved_memory(self.device) - self.reserved_at_start
         share = config.gpu_memory_utilization
-        return left_for_cache(self.device, share, weights, self.step_bytes, self.graph_bytes)
+        own = left_for_cache(self.device, share, weights, self.step_bytes, self.graph_bytes)
+        return get_group().least(own)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Result:
@@ -186,7 +192,8 @@ class ModelRunner:
         sampling = SamplingTensors(
             inputs["temperatures"], inputs["seeds"], inputs["lengths"], all_greedy
         )
-        self.sampled[: len(hidden)] = self.sampler(self.model.compute_logits(hidden), sampling)
+        logits, first = self.model.compute_logits(hidden), self.model.lm_head.first
+        self.sampled[: len(hidden)] = self.sampler(logits, sampling, first)
 
     def resample(self, hidden: torch.Tensor, inputs: Inputs, filtered: list[int]) -> None:
         """Another token, into `sampled`, for each of the rows that ask for top-k or top-p."""
@@ -201,7 +208,7 @@ class ModelRunner:
                 top_ps=inputs["top_ps"][rows],
                 filtered=torch.arange(len(rows), device=self.device),
             )
-            self.sampled[rows] = sample_torch(self.model.compute_logits(hidden[rows]), sampling)
+            self.sampled[rows] = sample_torch(self.all_logits(hidden[rows]), sampling)
 
     def capture_cudagraph(self, shapes: list[Shape]) -> None:
         """Record a step of each shape: model, logits and sampling."""

@@ -1,5 +1,6 @@
 """A step's inputs, all in one buffer: one copy brings them to the device."""
 
+import pickle
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -92,6 +93,12 @@ class Step:
     filtered: list[int]  # the rows that ask for top-k or top-p
     layout: InputLayout
     host: torch.Tensor  # the inputs as they lie in `layout`, [num_bytes] uint8
+
+    def to_bytes(self) -> bytes:
+        """The step as a message to another rank."""
+        numbers = self.shape, self.num_seqs, self.num_decodes, self.max_new
+        head = pickle.dumps((*numbers, self.all_greedy, self.filtered))
+        return len(head).to_bytes(4, "little") + head + self.host.numpy().tobytes()
 
 
 def scheduled_tokens(seqs: list[Sequence]) -> list[int]:
@@ -201,4 +208,13 @@ class Packer:
         put["order"][:num_decodes] = np.argsort(-put["context_lens"][:num_decodes])
         all_greedy = n > 0 and all(seq.params.temperature == 0 for seq in seqs)
         filtered = [row for row, seq in enumerate(seqs) if is_filtered(seq.params)]
+        return Step(shape, n, num_decodes, max_new, all_greedy, filtered, layout, host)
+
+    def unpack(self, message: bytes) -> Step:
+        """The step of a message; ready to be launched."""
+        size = 4 + int.from_bytes(message[:4], "little")
+        shape, n, num_decodes, max_new, all_greedy, filtered = pickle.loads(message[4:size])
+        host = torch.frombuffer(bytearray(message[size:]), dtype=torch.uint8)
+        host = host.pin_memory() if self.pin_memory else host
+        layout = InputLayout(shape, self.max_blocks)
         return Step(shape, n, num_decodes, max_new, all_greedy, filtered, layout, host)

@@ -1,5 +1,7 @@
 """The two ends of the model: token ids to vectors, vectors to logits."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,22 +13,39 @@ from nanovllm.layers.layer import Layer
 class VocabParallelEmbedding(Layer):
     """Looks up a vector per token. token_ids: [num_tokens] -> [num_tokens, hidden_size]
 
-    Cut by the vocabulary: a GPU holds the vectors of some tokens.
+    Cut by the vocabulary: a rank holds the vectors of the tokens from `first` on, padded.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        size = -(-vocab_size // self.group.size)
+        self.first = self.group.rank * size
+        self.num_real = max(0, min(size, vocab_size - self.first))
+        self.weight = nn.Parameter(torch.empty(size, hidden_size))
+
+    def take(self, kind: str, stored: Any) -> torch.Tensor:
+        """This rank's rows, and zeros for the padding."""
+        own = stored[self.first : self.first + self.num_real]
+        return F.pad(own, (0, 0, 0, len(self.weight) - len(own)))
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(token_ids, self.weight)
+        if self.group.size == 1:
+            return F.embedding(token_ids, self.weight)
+        at = token_ids - self.first
+        is_own = (at >= 0) & (at < self.num_real)
+        found = F.embedding(at.where(is_own, 0), self.weight)
+        return self.group.all_reduce(found.masked_fill(~is_own.unsqueeze(1), 0))
 
 
 class ParallelLMHead(VocabParallelEmbedding):
     """Scores every token. hidden: [num_seqs, hidden_size] -> logits: [num_seqs, vocab_size]"""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return linear(hidden, self.weight)
+        """hidden: [num_seqs, hidden_size] -> the logits of this rank's tokens"""
+        logits = linear(hidden, self.weight)
+        if self.num_real < len(self.weight):
+            logits[:, self.num_real :] = -torch.inf
+        return logits
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
         """Let the embedding's matrix be this one's, too."""

@@ -1,11 +1,13 @@
 """Linear layers, by how several GPUs share them."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from nanovllm.kernels.small_linear import is_small, linear, small_linear
 from nanovllm.layers.activation import SiluAndMul
-from nanovllm.layers.layer import Layer
+from nanovllm.layers.layer import Layer, shape_of
 
 
 class ReplicatedLinear(Layer):
@@ -26,12 +28,29 @@ class ReplicatedLinear(Layer):
 class ColumnParallelLinear(ReplicatedLinear):
     """Cut by its outputs: a GPU holds some rows of W, for outputs that are worked on apart."""
 
+    def take(self, kind: str, stored: Any) -> torch.Tensor:
+        """This rank's rows."""
+        size = shape_of(stored)[0] // self.group.size
+        return stored[self.group.rank * size : (self.group.rank + 1) * size]
+
 
 class RowParallelLinear(ReplicatedLinear):
     """Cut by its inputs: a GPU holds the columns of W for what the layer before it made there.
 
     What the GPUs get is added up.
     """
+
+    def take(self, kind: str, stored: Any) -> torch.Tensor:
+        """This rank's columns; the bias is whole, and is added once."""
+        if kind == "bias":
+            return stored[...]
+        size = shape_of(stored)[1] // self.group.size
+        return stored[:, self.group.rank * size : (self.group.rank + 1) * size]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [num_tokens, own input_size] -> [num_tokens, output_size], the sum over the ranks"""
+        y = self.group.all_reduce(linear(x, self.weight))
+        return y if self.bias is None else y + self.bias
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -65,3 +84,11 @@ class QKVParallelLinear(MergedColumnParallelLinear):
     ):
         sizes = [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)]
         super().__init__(hidden_size, sizes, bias)
+        self.head_dim = head_dim
+
+    def take(self, kind: str, stored: Any) -> torch.Tensor:
+        """This rank's heads; where there are fewer heads than ranks, the one that it shares."""
+        num_heads = shape_of(stored)[0] // self.head_dim
+        first = self.group.rank * num_heads // self.group.size
+        own = max(1, num_heads // self.group.size)
+        return stored[first * self.head_dim : (first + own) * self.head_dim]

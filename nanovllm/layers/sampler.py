@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from nanovllm.kernels.jit import uses_triton
-from nanovllm.kernels.sample import sample
+from nanovllm.kernels.sample import Parts, sample, sample_best, sample_parts
+from nanovllm.parallel.group import get_group
 from nanovllm.sampling_params import SamplingParams
 
 MASK32 = 0xFFFFFFFF
@@ -34,14 +35,17 @@ def key_words(seeds: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tenso
     return mix32((a + b) & MASK32), b
 
 
-def exponential_noise(seeds: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
+def exponential_noise(
+    seeds: torch.Tensor, positions: torch.Tensor, size: int, first: int = 0
+) -> torch.Tensor:
     """Exponential random numbers that depend on (seed, position, column) and nothing else.
 
-    seeds, positions: [num_seqs] int64 -> [num_seqs, size] float32, each > 0. A counter-based
-    generator (Salmon et al. 2011) has no state: neither the batch nor the order can change it.
+    seeds, positions: [num_seqs] int64 -> [num_seqs, size] float32, each > 0, for the columns from
+    `first` on. A counter-based generator (Salmon et al. 2011) has no state: neither the batch nor
+    the order can change it.
     """
     a, b = (word.unsqueeze(1) for word in key_words(seeds, positions))
-    column = (torch.arange(size, device=seeds.device) * 0x9E3779B9) & MASK32
+    column = (torch.arange(first, first + size, device=seeds.device) * 0x9E3779B9) & MASK32
     x = ((column ^ (column >> 16)) + a) & MASK32
     bits = mix32(((x ^ (x >> 16)) * 0x85EBCA6B + b) & MASK32)
     uniform = (bits.float() + 0.5) * 2.0**-32
@@ -116,20 +120,52 @@ ROWS = 64  # at a time, for a sort takes more than ten bytes of memory for each 
 
 
 class Sampler(nn.Module):
-    """Chooses one token a sequence."""
+    """Chooses one token a sequence, from the logits of all ranks."""
 
-    def forward(self, logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
-        """Everybody is sampled without a filter, and the rows that ask for one once more.
+    def __init__(self) -> None:
+        super().__init__()
+        self.group = get_group()
 
-        logits: [num_seqs, vocab_size] -> token_ids: [num_seqs] int64, -1 where there is a NaN
+    def forward(
+        self, logits: torch.Tensor, sampling: SamplingTensors, first: int = 0
+    ) -> torch.Tensor:
+        """Nobody's token is filtered.
+
+        logits: [num_seqs, num_columns], the columns from `first` of the vocabulary on ->
+        token_ids: [num_seqs] int64, -1 where there is a NaN
         """
+        heat, seeds, positions = sampling.temperatures, sampling.seeds, sampling.positions
+        if self.group.size > 1:
+            if uses_triton(logits):
+                parts = sample_parts(logits, heat, seeds, positions, first)
+            else:
+                parts = sample_parts_torch(logits, sampling, first)
+            highest, scores, tokens = (self.group.gather(part) for part in parts)
+            best = sample_best if uses_triton(logits) else sample_best_torch
+            return best((highest, scores, tokens), heat)
         if uses_triton(logits):
-            token_ids = sample(logits, sampling.temperatures, sampling.seeds, sampling.positions)
-        else:
-            parts = [slice(start, start + ROWS) for start in range(0, len(logits), ROWS)]
-            token_ids = torch.cat([sample_torch(logits[p], sampling.rows(p)) for p in parts])
-        if sampling.filtered is not None:
-            for rows in sampling.filtered.split(ROWS):
-                part = sampling.rows(rows, torch.arange(len(rows), device=rows.device))
-                token_ids[rows] = sample_torch(logits[rows], part)
-        return token_ids
+            return sample(logits, heat, seeds, positions)
+        rows = [slice(start, start + ROWS) for start in range(0, len(logits), ROWS)]
+        return torch.cat([sample_torch(logits[part], sampling.rows(part)) for part in rows])
+
+
+def sample_parts_torch(logits: torch.Tensor, sampling: SamplingTensors, first: int) -> Parts:
+    """`sample_parts` in torch: the columns from `first` of the vocabulary on are one part."""
+    x, heat = logits.float(), sampling.temperatures.unsqueeze(1)
+    highest = x.amax(dim=1, keepdim=True)
+    scores = x - highest.where(highest > -torch.inf, 0)
+    if not sampling.all_greedy:
+        noise = exponential_noise(sampling.seeds, sampling.positions, x.shape[1], first)
+        scores = scores.where(heat == 0, scores / heat.clamp(min=2.0**-126) - noise.log())
+    best, at = scores.max(dim=1, keepdim=True)
+    tokens = (first + at).masked_fill(x.isnan().any(dim=1, keepdim=True), -1)
+    return highest, best, tokens.int()
+
+
+def sample_best_torch(parts: Parts, temperatures: torch.Tensor) -> torch.Tensor:
+    """`sample_best` in torch: the best token of all parts, -1 for a row that holds a NaN."""
+    (highest, scores, tokens), heat = parts, temperatures.unsqueeze(1)
+    behind = highest - highest.amax(dim=1, keepdim=True)
+    scores = behind.where(heat == 0, scores + behind / heat.clamp(min=2.0**-126))
+    token_ids = tokens.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1).long()
+    return token_ids.masked_fill((tokens < 0).any(dim=1), -1)

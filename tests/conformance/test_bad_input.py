@@ -172,7 +172,7 @@ def test_bad_stream_is_refused_at_the_call(llm):
         (dict(model="./nowhere"), "nowhere"),
         (dict(model="nobody/nothing"), "nobody/nothing"),
         (dict(model=5), "model.*5"),
-        (dict(tensor_parallel_size=2), "tensor_parallel_size.*2"),
+        (dict(tensor_parallel_size=3), "tensor_parallel_size.*3"),
         (dict(tensor_parallel_size=0), "tensor_parallel_size.*0"),
         (dict(max_model_len=4097), "max_model_len=4097.*4096"),
     ],

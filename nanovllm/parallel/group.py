@@ -1,0 +1,95 @@
+"""The ranks that share a model, and what they tell one another."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed import distributed_c10d
+
+
+@dataclass(slots=True)
+class Group:
+    """A rank's place among `size`, and its way to the others."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    came: np.ndarray | None = None  # how many exchanges each rank has come to, seen by all
+    link: Any = None  # torch's process group, once the ranks have met
+    patience: timedelta = timedelta(minutes=10)  # then a rank that does not come is given up
+
+    def note(self) -> None:
+        """This rank has come to one more exchange."""
+        if self.came is not None:
+            self.came[self.rank] += 1
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in the place of x."""
+        if self.size > 1:
+            self.note()
+            options = distributed_c10d.AllreduceOptions()
+            options.timeout = self.patience
+            self.link.allreduce([x], options).wait()
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's x side by side along the last dimension; all have one shape."""
+        if self.size == 1:
+            return x
+        self.note()
+        options = distributed_c10d.AllgatherOptions()
+        options.timeout = self.patience
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        self.link.allgather([parts], [x.contiguous()], options).wait()
+        return torch.cat(parts, dim=-1)
+
+    def least(self, number: int) -> int:
+        """The least of the ranks' numbers."""
+        return int(self.gather(torch.tensor([number], device=self.device)).min())
+
+
+_group: ContextVar[Group | None] = ContextVar("group", default=None)
+
+
+def get_group() -> Group:
+    """The group whose model is being built; a group of one outside of `set_group`."""
+    return _group.get() or Group()
+
+
+@contextmanager
+def set_group(group: Group) -> Iterator[None]:
+    """Build a model for a rank of `group`, for the length of a `with`."""
+    token = _group.set(group)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
+def open_store(port: int = 0) -> Any:
+    """The store in which ranks meet: rank 0 opens it at a free port, the others go to `port`."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", port, None, port == 0, Group().patience, False)
+
+
+def join(group: Group, store: Any) -> None:
+    """Link a rank to the others: by NCCL on GPUs, by gloo on CPUs. All have opened the store."""
+    from torch import distributed
+
+    store = distributed.PrefixStore("ranks", store)
+    if group.device.type == "cuda":
+        torch.cuda.set_device(group.device)
+        options = distributed.ProcessGroupNCCL.Options()
+        group.link = distributed.ProcessGroupNCCL(store, group.rank, group.size, options)
+        return
+    gloo: Any = distributed.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = group.patience
+    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    group.link = gloo(store, group.rank, group.size, options)

@@ -1,0 +1,52 @@
+"""Two GPUs, through NCCL: the tokens of one, and a rank that is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from threading import Timer
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+PROMPTS = ["Once upon a time", "One day, Tom", "The little fox was sad", "Emma"]
+STYLES = [dict(temperature=0), dict(temperature=0.8, seed=1), dict(top_k=20, seed=2)]
+PARAMS = [SamplingParams(**STYLES[i % 3], max_tokens=40, ignore_eos=True) for i in range(4)]
+
+
+def tokens(**options) -> list[list[int]]:
+    llm = LLM(dtype="float32", kvcache_block_size=16, **options)
+    outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    llm.exit()
+    return [out["token_ids"] for out in outputs]
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+@pytest.mark.parametrize("pool", [64, 8])
+def test_two_gpus_give_the_tokens_of_a_cpu(enforce_eager, pool):
+    options = dict(num_kvcache_blocks=pool, tensor_parallel_size=2, enforce_eager=enforce_eager)
+    assert tokens(device="cuda", **options) == tokens(device="cpu", num_kvcache_blocks=64)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_is_named(number):
+    llm = LLM(device="cuda", tensor_parallel_size=2, gpu_memory_utilization=0.3)
+    worker = llm.model_runner.workers.processes[0].pid
+    llm.generate("Once", SamplingParams(max_tokens=4), use_tqdm=False)
+    start = time.monotonic()
+    Timer(0.5, os.kill, (worker, number)).start()
+    with pytest.raises(RuntimeError, match="rank 1 was lost"):
+        while True:
+            llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    assert time.monotonic() - start < 12
+    llm.exit()
+    again = LLM(device="cuda", tensor_parallel_size=2, gpu_memory_utilization=0.3)
+    assert again.generate("Once", SamplingParams(max_tokens=4), use_tqdm=False)
+    again.exit()
