@@ -39,6 +39,8 @@ class Job:
         config, store = on_own_device(self.config, self.rank), open_store(self.port)
         ring = Reader(self.memory, size - 1, self.rank - 1, self.ear)
         group = Group(self.rank, size, config.torch_device, ring.came)
+        if group.device.type == "cuda":
+            torch.cuda.set_device(group.device)  # this process is the rank's alone
         store.set(f"rank {self.rank}", "is here")
         join(group, store)
         with set_group(group):

@@ -84,7 +84,6 @@ def join(group: Group, store: Any) -> None:
 
     store = distributed.PrefixStore("ranks", store)
     if group.device.type == "cuda":
-        torch.cuda.set_device(group.device)
         options = distributed.ProcessGroupNCCL.Options()
         group.link = distributed.ProcessGroupNCCL(store, group.rank, group.size, options)
         return
