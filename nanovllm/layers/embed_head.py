@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.kernels.small_linear import linear
-from nanovllm.layers.layer import Layer
+from nanovllm.layers.layer import Layer, shape_of
 
 
 class VocabParallelEmbedding(Layer):
@@ -18,13 +18,15 @@ class VocabParallelEmbedding(Layer):
 
     def __init__(self, vocab_size: int, hidden_size: int):
         super().__init__()
-        size = -(-vocab_size // self.group.size)
+        size, self.vocab_size = -(-vocab_size // self.group.size), vocab_size
         self.first = self.group.rank * size
         self.num_real = max(0, min(size, vocab_size - self.first))
         self.weight = nn.Parameter(torch.empty(size, hidden_size))
 
     def take(self, kind: str, stored: Any) -> torch.Tensor:
         """This rank's rows, and zeros for the padding."""
+        if shape_of(stored)[0] != self.vocab_size:
+            return stored[...]
         own = stored[self.first : self.first + self.num_real]
         return F.pad(own, (0, 0, 0, len(self.weight) - len(own)))
 

@@ -29,9 +29,11 @@ class ColumnParallelLinear(ReplicatedLinear):
     """Cut by its outputs: a GPU holds some rows of W, for outputs that are worked on apart."""
 
     def take(self, kind: str, stored: Any) -> torch.Tensor:
-        """This rank's rows."""
-        size = shape_of(stored)[0] // self.group.size
-        return stored[self.group.rank * size : (self.group.rank + 1) * size]
+        """This rank's rows; all of a tensor that is not as large as it should be."""
+        own, rest = divmod(shape_of(stored)[0], self.group.size)
+        if rest or own not in getattr(self, "output_sizes", [len(self.weight)]):
+            return stored[...]
+        return stored[self.group.rank * own : (self.group.rank + 1) * own]
 
 
 class RowParallelLinear(ReplicatedLinear):
@@ -42,10 +44,10 @@ class RowParallelLinear(ReplicatedLinear):
 
     def take(self, kind: str, stored: Any) -> torch.Tensor:
         """This rank's columns; the bias is whole, and is added once."""
-        if kind == "bias":
+        own = self.weight.shape[1]
+        if kind == "bias" or shape_of(stored)[1:] != [own * self.group.size]:
             return stored[...]
-        size = shape_of(stored)[1] // self.group.size
-        return stored[:, self.group.rank * size : (self.group.rank + 1) * size]
+        return stored[:, self.group.rank * own : (self.group.rank + 1) * own]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_tokens, own input_size] -> [num_tokens, output_size], the sum over the ranks"""
@@ -84,11 +86,13 @@ class QKVParallelLinear(MergedColumnParallelLinear):
     ):
         sizes = [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)]
         super().__init__(hidden_size, sizes, bias)
-        self.head_dim = head_dim
+        self.head_dim, self.num_kv_heads = head_dim, num_kv_heads
 
     def take(self, kind: str, stored: Any) -> torch.Tensor:
         """This rank's heads; where there are fewer heads than ranks, the one that it shares."""
-        num_heads = shape_of(stored)[0] // self.head_dim
-        first = self.group.rank * num_heads // self.group.size
-        own = max(1, num_heads // self.group.size)
-        return stored[first * self.head_dim : (first + own) * self.head_dim]
+        ranks, (num_heads, rest) = self.group.size, divmod(shape_of(stored)[0], self.head_dim)
+        is_shared = self.num_kv_heads == 1 and 0 < num_heads < ranks and ranks % num_heads == 0
+        if rest or not is_shared:
+            return super().take(kind, stored)
+        first = self.group.rank * num_heads // ranks
+        return stored[first * self.head_dim : (first + 1) * self.head_dim]

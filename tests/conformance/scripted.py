@@ -49,7 +49,7 @@ class Script(torch.nn.Module):
         super().__init__()
         self.lines, self.num_prompt_tokens = lines, num_prompt_tokens
 
-    def forward(self, logits: torch.Tensor, sampling) -> torch.Tensor:
+    def forward(self, logits: torch.Tensor, sampling, first: int = 0) -> torch.Tensor:
         found = []
         for seed, position in zip(sampling.seeds.tolist(), sampling.positions.tolist()):
             line, at = self.lines.get(seed, []), position - self.num_prompt_tokens

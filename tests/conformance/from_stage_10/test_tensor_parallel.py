@@ -9,12 +9,20 @@ from memory import check_empty
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import ModelConfig
+from nanovllm.layers.embed_head import VocabParallelEmbedding
+from nanovllm.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 from nanovllm.layers.sampler import (
     SamplingTensors,
     sample_best_torch,
     sample_parts_torch,
     sample_torch,
 )
+from nanovllm.parallel.group import Group, set_group
 
 # 318 tokens are not four equal parts; two key heads are fewer than four ranks.
 SHAPE = dict(
@@ -135,3 +143,33 @@ def test_parts_of_the_vocabulary_give_the_token_of_the_whole(cuts):
     found = sample_best_torch(joined, heat)
     assert found.tolist() == sample_torch(logits, sampling).tolist()
     assert found[5] == -1
+
+
+LAYERS = {  # each as one of two ranks builds it, and the whole tensors that it takes a part of
+    "column": (lambda: ColumnParallelLinear(6, 4), [(8, 6)]),
+    "row": (lambda: RowParallelLinear(3, 5), [(5, 6)]),
+    "merged": (lambda: MergedColumnParallelLinear(6, [4, 2]), [(8, 6), (4, 6)]),
+    "heads": (lambda: QKVParallelLinear(6, 16, 2, 1), [(64, 6), (32, 6), (16, 6)]),
+    "vocabulary": (lambda: VocabParallelEmbedding(9, 6), [(9, 6)]),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_ranks_take_parts_that_make_up_the_whole_and_refuse_other_shapes(name):
+    """A tensor with a row or a column too many is handed on whole, which fits nowhere."""
+    make, wholes = LAYERS[name]
+    for shape in wholes:
+        stored, parts = torch.randn(shape), []
+        for rank in range(2):
+            with set_group(Group(rank, 2)):
+                layer = make()
+            parts.append(layer.take("weight", stored))
+            for more in ((1, 0), (0, 1), (24, 0), (0, 2)):
+                wrong = torch.randn(shape[0] + more[0], shape[1] + more[1])
+                taken = layer.take("weight", wrong)
+                assert taken.shape != parts[-1].shape, (rank, more)
+        dim = 1 if name == "row" else 0
+        if shape == (16, 6):  # one key head for both
+            assert torch.equal(parts[0], stored) and torch.equal(parts[1], stored)
+        else:
+            assert torch.equal(torch.cat(parts, dim)[: shape[0]], stored)

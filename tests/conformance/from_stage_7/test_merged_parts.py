@@ -11,7 +11,7 @@ from device import build
 from safetensors.torch import load_file, save_file
 
 from nanovllm.config import ModelConfig
-from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.models import MODELS
 from nanovllm.utils.loader import load_model
 
@@ -114,6 +114,7 @@ def test_half_a_model_is_loaded_by_layers_that_take_their_half(monkeypatch, chec
         return stored[:, rank * size : (rank + 1) * size]
 
     monkeypatch.setattr(ColumnParallelLinear, "take", rows)
+    monkeypatch.setattr(QKVParallelLinear, "take", rows)
     monkeypatch.setattr(RowParallelLinear, "take", columns)
     config = ModelConfig.from_folder(checkpoint)
     sizes = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
