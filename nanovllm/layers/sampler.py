@@ -129,11 +129,20 @@ class Sampler(nn.Module):
     def forward(
         self, logits: torch.Tensor, sampling: SamplingTensors, first: int = 0
     ) -> torch.Tensor:
-        """Nobody's token is filtered.
+        """Everybody is sampled without a filter, and the rows that ask for one once more.
 
         logits: [num_seqs, num_columns], the columns from `first` of the vocabulary on ->
-        token_ids: [num_seqs] int64, -1 where there is a NaN
+        token_ids: [num_seqs] int64, -1 where there is a NaN. A filter needs all columns.
         """
+        token_ids = self.choose(logits, sampling, first)
+        if sampling.filtered is not None:
+            for rows in sampling.filtered.split(ROWS):
+                part = sampling.rows(rows, torch.arange(len(rows), device=rows.device))
+                token_ids[rows] = sample_torch(logits[rows], part)
+        return token_ids
+
+    def choose(self, logits: torch.Tensor, sampling: SamplingTensors, first: int) -> torch.Tensor:
+        """One token for each row, and nobody's is filtered."""
         heat, seeds, positions = sampling.temperatures, sampling.seeds, sampling.positions
         if self.group.size > 1:
             if uses_triton(logits):
