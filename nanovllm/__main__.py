@@ -178,6 +178,8 @@ def run_stage(stage: int) -> int:
     tool = next((r / "chapters/tangle.py" for r in roots if (r / "chapters").is_dir()), None)
     if tool is None:
         raise ValueError("--stage needs the book's chapters: run it from a checkout")
+    if stage < 1:
+        raise ValueError(f"--stage counts the chapters from 1, got {stage}")
     arguments = list(sys.argv[1:])
     at = next(i for i, argument in enumerate(arguments) if argument.startswith("--stage"))
     del arguments[at : at + (1 if "=" in arguments[at] else 2)]

@@ -82,6 +82,7 @@ def test_stop_may_be_given_again():
         ["bench", "--shape", "qwen3-0.6b", "--model", "x"],
         ["bench", "--repeats", "0"],
         ["bench", "--stage", "77"],
+        ["bench", "--stage", "0"],
     ],
 )
 def test_a_bad_value_is_one_clear_line_and_status_2(arguments):
