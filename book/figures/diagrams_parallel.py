@@ -38,7 +38,7 @@ def tensor_parallel(height: int = 500) -> Axes:
     ax, size = canvas(height), 26
     pairs = (
         ("Attention", "qkv_proj", "attention\nover own heads", "o_proj"),
-        ("MLP", "gate, up", "silu × up,\nown channels", "down"),
+        ("MLP", "gate, up", "silu(gate) × up,\nown channels", "down"),
     )
     for number, (title, first, between, second) in enumerate(pairs):
         y = 76 + number * 200
@@ -63,7 +63,9 @@ def tensor_parallel(height: int = 500) -> Axes:
     label(ax, 176, 453, "on rank 1", SMALL, ha="left")
     cells(ax, 280, 444, [NEUTRAL], 18)
     label(ax, 306, 453, "the same on both", SMALL, ha="left")
-    label(ax, 20, 482, "The sum of the two is the next x, on both ranks.", SMALL, ha="left")
+    label(
+        ax, 20, 482, "The sum of the two is added to the stream, on both ranks.", SMALL, ha="left"
+    )
     return ax
 
 

@@ -85,6 +85,7 @@ class WatchedResult(Result):
         if self.done is not None and runner is not None:
             with runner.workers_or_error():
                 while not self.done.query():
+                    time.sleep(20e-6)
                     runner.check_workers()
                     if time.monotonic() > give_up:
                         raise RuntimeError("timed out: a step does not end")
@@ -101,10 +102,10 @@ class ParallelRunner(ModelRunner):
         self.group = Group(0, size, own.torch_device, self.ring.came)
         rest = config, model_config, folder, max_model_len, store.port, self.ring.memory
         jobs = [Job(rank, *rest, self.ring.ears[rank - 1]) for rank in range(1, size)]
-        fds = [self.ring.memory, *self.ring.ears]
-        self.workers = Workers(jobs, fds, num_threads=max(1, torch.get_num_threads() // size))
+        fds, self.workers = [self.ring.memory, *self.ring.ears], Workers()
         self.end_workers = finalize(self, end_ranks, self.workers, self.ring, self.group)
         with self.workers_or_error():
+            self.workers.start(jobs, fds, num_threads=max(1, torch.get_num_threads() // size))
             while not store.check([f"rank {rank}" for rank in range(1, size)]):
                 self.check_workers()
                 time.sleep(0.01)
@@ -119,13 +120,13 @@ class ParallelRunner(ModelRunner):
             return ModelRunner.launch(self, step)
         with interrupts_wait(), self.workers_or_error():
             self.check_workers()
-            self.ring.write_shm(step.to_bytes())
+            self.ring.write_shm(step.to_bytes(), self.check_workers)
             return ModelRunner.launch(self, step)
 
     def check_workers(self) -> None:
-        """RuntimeError where a rank has been lost."""
-        if self.workers.failure:
-            raise RuntimeError(self.workers.failure)
+        """RuntimeError where a rank has been lost, and after the end."""
+        if self.workers.failure or self.workers.is_ending:
+            raise RuntimeError(self.workers.failure or "the ranks have ended")
 
     @contextmanager
     def workers_or_error(self) -> Iterator[None]:
@@ -133,7 +134,9 @@ class ParallelRunner(ModelRunner):
         try:
             yield
         except BaseException as error:
-            if "imed out" in str(error):  # a rank has not come to an exchange
+            if self.is_leading and not isinstance(error, Exception):
+                raise  # Ctrl-C while a result is awaited: the ranks are in step
+            if "imed out" in str(error):  # gloo's words, and ours: a rank has not come
                 came = self.ring.came[1:]
                 late = " or ".join(str(rank + 1) for rank in np.flatnonzero(came == came.min()))
                 self.workers.lose(late, "it does not answer")
@@ -157,17 +160,18 @@ class ParallelRunner(ModelRunner):
 @contextmanager
 def interrupts_wait() -> Iterator[None]:
     """Put Ctrl-C off until the end of a `with`: the ranks must not part in the middle of a step."""
-    if current_thread() is not main_thread():  # which alone is interrupted
+    before = signal.getsignal(signal.SIGINT)
+    if current_thread() is not main_thread() or before is None:  # no exception can come
         yield
         return
     arrived: list[tuple] = []
-    before = signal.signal(signal.SIGINT, lambda *args: arrived.append(args))
+    signal.signal(signal.SIGINT, lambda *args: arrived.append(args))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if arrived and callable(before):
-        before(*arrived[0])
+        if arrived:
+            signal.raise_signal(signal.SIGINT)
 
 
 def make_runner(

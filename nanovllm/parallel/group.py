@@ -71,17 +71,24 @@ def set_group(group: Group) -> Iterator[None]:
         _group.reset(token)
 
 
+MEET = timedelta(seconds=30)
+
+
 def open_store(port: int = 0) -> Any:
     """The store in which ranks meet: rank 0 opens it at a free port, the others go to `port`."""
     from torch.distributed import TCPStore
 
-    return TCPStore("127.0.0.1", port, None, port == 0, Group().patience, False)
+    is_new = port == 0
+    return TCPStore(
+        "127.0.0.1", port, is_master=is_new, timeout=Group().patience, wait_for_workers=False
+    )
 
 
 def join(group: Group, store: Any) -> None:
     """Link a rank to the others: by NCCL on GPUs, by gloo on CPUs. All have opened the store."""
     from torch import distributed
 
+    store.set_timeout(MEET)  # they are all there, so this takes a moment
     store = distributed.PrefixStore("ranks", store)
     if group.device.type == "cuda":
         options = distributed.ProcessGroupNCCL.Options()
@@ -89,6 +96,6 @@ def join(group: Group, store: Any) -> None:
         return
     gloo: Any = distributed.ProcessGroupGloo
     options = gloo._Options()
-    options._timeout = group.patience
+    options._timeout = MEET
     options._devices = [gloo.create_device(hostname="127.0.0.1")]
     group.link = gloo(store, group.rank, group.size, options)

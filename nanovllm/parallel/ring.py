@@ -3,19 +3,23 @@
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from mmap import PAGESIZE, mmap
 
 import numpy as np
 
-PLACES = 4  # messages that may wait to be read
+PLACES = 4  # for messages that wait to be read
 
 
 def shared_memory() -> int:
-    """The file descriptor of memory without a name, which child processes can be given."""
+    """The file descriptor of a page without a name, which child processes can be given."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("nanovllm")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+        memory = os.memfd_create("nanovllm")
+    else:
+        with tempfile.TemporaryFile() as file:
+            memory = os.dup(file.fileno())
+    os.ftruncate(memory, PAGESIZE)
+    return memory
 
 
 class Ring:
@@ -23,7 +27,6 @@ class Ring:
 
     def __init__(self, memory: int, num_readers: int):
         self.memory, self.count = memory, 0  # messages written, or read, here
-        os.ftruncate(memory, max(os.fstat(memory).st_size, PAGESIZE))
         self.map = mmap(memory, 0)
         numbers = np.frombuffer(mmap(memory, PAGESIZE), dtype=np.int64)
         self.read = numbers[:num_readers]  # messages that each reader has read
@@ -45,9 +48,10 @@ class Writer(Ring):
         pipes = [os.pipe() for _ in range(num_readers)]
         self.ears, self.bells = [end for end, _ in pipes], [end for _, end in pipes]
 
-    def write_shm(self, message: bytes) -> None:
-        """Leave a message for all readers."""
+    def write_shm(self, message: bytes, check: Callable[[], None] = lambda: None) -> None:
+        """Leave a message for all readers. `check` is called while there is no place: it raises."""
         while self.count - self.read.min() >= PLACES:
+            check()
             time.sleep(20e-6)
         if len(message) > self.size:
             self.grow(2 * len(message))
@@ -60,7 +64,7 @@ class Writer(Ring):
             os.write(bell, b"!")
 
     def close(self) -> None:
-        """Give the memory up, and wake the readers to the end."""
+        """Give the memory up; readers then get an EOFError."""
         for end in (*self.bells, *self.ears):
             os.close(end)
         super().close()

@@ -38,12 +38,14 @@ Job = Callable[[], None]  # something that can be pickled
 class Workers:
     """The processes of ranks 1, 2, …, each with its job."""
 
-    def __init__(self, jobs: Sequence[Job], fds: list[int], num_threads: int = 1):
-        """`fds`: file descriptors that the jobs may use; `num_threads`: of torch's, for each."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+    def __init__(self) -> None:
         self.processes: list[subprocess.Popen] = []
         self.failure = ""  # which rank was lost, and why
         self.is_ending, self.is_lost = False, Event()
+
+    def start(self, jobs: Sequence[Job], fds: list[int], num_threads: int = 1) -> None:
+        """`fds`: file descriptors that the jobs may use; `num_threads`: of torch's, for each."""
+        environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
         for rank, job in enumerate(jobs, start=1):
             end, report = os.pipe()
             process = subprocess.Popen(
@@ -71,12 +73,14 @@ class Workers:
 
     def lose(self, rank: int | str, cause: str) -> None:
         """Give a rank up, and the others with it."""
-        self.failure = f"rank {rank} was lost: {cause}"
-        self.is_lost.set()
-        self.kill()
+        if not self.is_lost.is_set():  # the first is the cause of the others
+            self.failure = f"rank {rank} was lost: {cause}"
+            self.is_lost.set()
+            self.kill()
 
     def explain(self, error: BaseException) -> BaseException:
         """What to raise for an error of rank 0: another rank's loss, where that is the cause."""
+        # A ValueError is about what the caller gave: no other rank causes that.
         is_ours = not isinstance(error, Exception) or isinstance(error, ValueError)
         if not is_ours and self.is_lost.wait(1.0):  # it may be seen later than what it caused
             failure = RuntimeError(self.failure)
@@ -93,11 +97,10 @@ class Workers:
     def end(self) -> None:
         """Wait for workers that were told to end, and end those that do not."""
         for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.close()
-        for process in self.processes:
             try:
                 process.wait(5)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            assert process.stdin is not None
+            process.stdin.close()

@@ -14,6 +14,7 @@ from threading import Timer
 
 import pytest
 from checkpoints import save_random
+from memory import make_seq
 
 import nanovllm
 from nanovllm import LLM, SamplingParams
@@ -84,7 +85,8 @@ def test_a_rank_that_hangs_is_given_up(folder):
 
 
 def test_a_rank_that_raises_says_what():
-    workers = Workers([partial(int, "no number")], [])
+    workers = Workers()
+    workers.start([partial(int, "no number")], [])
     assert workers.is_lost.wait(30)
     assert workers.failure.startswith("rank 1 was lost: ValueError(")
     assert "no number" in workers.failure and "Traceback" in workers.failure
@@ -100,9 +102,13 @@ def test_engines_leave_nothing(folder):
     workers = pids(first) + pids(second)
     found = [llm.generate([[5, 6]], SHORT, use_tqdm=False) for llm in (first, second)]
     assert found[0][0]["token_ids"] == found[1][0]["token_ids"]
+    runner, seq = first.model_runner, make_seq([1, 2])
+    seq.num_scheduled_tokens = 2
     first.exit()
     first.exit()
-    del second
+    with pytest.raises(RuntimeError, match="the ranks have ended"):
+        runner.run([seq])  # by whoever has kept it
+    del second, runner
     gc.collect()
     assert are_gone(workers)
     assert len(os.listdir("/proc/self/fd")) <= before + 1
