@@ -34,7 +34,8 @@ class Group:
             self.note()
             options = distributed_c10d.AllreduceOptions()
             options.timeout = self.patience
-            self.link.allreduce([x], options).wait()
+            with others_are_to_blame():
+                self.link.allreduce([x], options).wait()
         return x
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -45,12 +46,26 @@ class Group:
         options = distributed_c10d.AllgatherOptions()
         options.timeout = self.patience
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        self.link.allgather([parts], [x.contiguous()], options).wait()
+        with others_are_to_blame():
+            self.link.allgather([parts], [x.contiguous()], options).wait()
         return torch.cat(parts, dim=-1)
 
     def least(self, number: int) -> int:
         """The least of the ranks' numbers."""
         return int(self.gather(torch.tensor([number], device=self.device)).min())
+
+
+class RankLost(RuntimeError):
+    """An exchange broke off: another rank has ended, or has not come in time."""
+
+
+@contextmanager
+def others_are_to_blame() -> Iterator[None]:
+    """Make a RankLost of what torch raises in an exchange."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(str(error)) from None
 
 
 _group: ContextVar[Group | None] = ContextVar("group", default=None)

@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from threading import Event, Thread
 
+from nanovllm.parallel.group import RankLost
+
 BOOT = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); " + (
     "from nanovllm.parallel.workers import work; work()"
 )
@@ -69,6 +71,8 @@ class Workers:
         code = process.wait()
         if not self.is_ending and not self.is_lost.is_set():
             cause = text or (f"killed by signal {-code}" if code < 0 else f"exit status {code}")
+            if text.startswith(RankLost.__name__):
+                self.is_lost.wait(1.0)  # for the one that was lost first
             self.lose(rank, cause)
 
     def lose(self, rank: int | str, cause: str) -> None:
