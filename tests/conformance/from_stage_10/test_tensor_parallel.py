@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import random_prompts, save_random
+from checkpoints import SMALL, random_prompts, save_random
 from memory import check_empty
 
 from nanovllm import LLM, SamplingParams
@@ -108,16 +108,7 @@ def test_a_prompt_longer_than_a_place_of_the_ring(folder):
     ],
 )
 def test_what_does_not_divide_is_named(change, size, named):
-    shape = dict(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=64,
-    )
+    shape = SMALL | dict(num_attention_heads=8, num_key_value_heads=4, intermediate_size=64)
     with pytest.raises(ValueError, match=f"tensor_parallel_size={size}.*{named}"):
         ModelConfig(**shape | change).shard(size)
     whole = ModelConfig(**shape)
