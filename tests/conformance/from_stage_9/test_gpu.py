@@ -319,7 +319,7 @@ def test_two_engines_at_once():
     """Each has its own graphs, cache and steps in flight; their steps alternate."""
     prompts, params = requests(20)
     with on_gpu() as one, on_gpu() as other:
-        assert one.num_blocks == pytest.approx(other.num_blocks, rel=0.02)
+        assert one.limits.num_blocks == pytest.approx(other.limits.num_blocks, rel=0.02)
         streams = [llm.stream(p, q) for p, q in zip(prompts, params) for llm in (one, other)]
         found = []
         for pieces in zip(*zip_longest(*streams)):
