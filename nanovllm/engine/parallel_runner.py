@@ -68,8 +68,7 @@ def end_ranks(workers: Workers, ring: Writer, group: Group) -> None:
     workers.is_ending = True
     ring.close()
     workers.end()
-    if group.link is not None:
-        group.link.abort()  # what still waits on the GPU
+    group.abort()
     group.link = None
 
 
@@ -81,15 +80,20 @@ class WatchedResult(Result):
 
     def token_ids(self) -> list[int]:
         """One new token id for each sequence; RuntimeError where a rank is lost meanwhile."""
-        runner, give_up = self.runner, time.monotonic() + PATIENCE.total_seconds()
-        if self.done is not None and runner is not None:
-            with runner.workers_or_error():
-                while not self.done.query():
-                    time.sleep(20e-6)
-                    runner.check_workers()
-                    if time.monotonic() > give_up:
-                        raise RuntimeError("timed out: a step does not end")
+        if self.done is not None and self.runner is not None:
+            with self.runner.workers_or_error():
+                self.wait(self.runner, self.done)
         return self.sampled.tolist()
+
+    def wait(self, runner: "ParallelRunner", done: torch.cuda.Event) -> None:
+        """Wait for the step; RuntimeError where a rank is lost, or does not come in time."""
+        give_up = time.monotonic() + runner.group.patience.total_seconds()
+        while not done.query():
+            time.sleep(20e-6)
+            runner.check_workers()
+            if time.monotonic() > give_up:
+                raise RuntimeError("timed out: a step does not end")
+        runner.check_workers()  # after a loss nothing waits, and what came is not a sum
 
 
 class ParallelRunner(ModelRunner):
@@ -102,7 +106,7 @@ class ParallelRunner(ModelRunner):
         self.group = Group(0, size, own.torch_device, self.ring.came)
         rest = config, model_config, folder, max_model_len, store.port, self.ring.memory
         jobs = [Job(rank, *rest, self.ring.ears[rank - 1]) for rank in range(1, size)]
-        fds, self.workers = [self.ring.memory, *self.ring.ears], Workers()
+        fds, self.workers = [self.ring.memory, *self.ring.ears], Workers(self.group.abort)
         self.end_workers = finalize(self, end_ranks, self.workers, self.ring, self.group)
         with self.workers_or_error():
             self.workers.start(jobs, fds, num_threads=max(1, torch.get_num_threads() // size))
@@ -112,6 +116,7 @@ class ParallelRunner(ModelRunner):
             join(self.group, store)
             with set_group(self.group):
                 super().__init__(own, shape, folder, max_model_len)
+            self.check_workers()
         self.group.patience, self.is_leading = PATIENCE, True
 
     def launch(self, step: Step) -> Result:
@@ -137,8 +142,8 @@ class ParallelRunner(ModelRunner):
             if self.is_leading and not isinstance(error, Exception):
                 raise  # Ctrl-C while a result is awaited: the ranks are in step
             if "imed out" in str(error):  # gloo's words, and ours: a rank has not come
-                came = self.ring.came[1:]
-                late = " or ".join(str(rank + 1) for rank in np.flatnonzero(came == came.min()))
+                seen = self.ring.came[1:] + self.ring.read  # a recorded step counts no exchanges
+                late = " or ".join(str(rank + 1) for rank in np.flatnonzero(seen == seen.min()))
                 self.workers.lose(late, "it does not answer")
             if not self.workers.is_ending:
                 error = self.workers.explain(error)
@@ -154,7 +159,7 @@ class ParallelRunner(ModelRunner):
     def read_sampled(self, num_seqs: int) -> Result:
         """Ask for the step's tokens, to be read when they are there."""
         result = ModelRunner.read_sampled(self, num_seqs)
-        return WatchedResult(result.sampled, result.done, self if self.is_leading else None)
+        return WatchedResult(result.sampled, result.done, self)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """The ranks that share a model, and what they tell one another."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,6 +29,11 @@ class Group:
         """This rank has come to one more exchange."""
         if self.came is not None:
             self.came[self.rank] += 1
+
+    def abort(self) -> None:
+        """Let go of what waits on a GPU for a rank that does not come; from any thread."""
+        if self.link is not None and self.device.type == "cuda":
+            self.link.abort()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in the place of x."""
@@ -87,6 +94,8 @@ def set_group(group: Group) -> Iterator[None]:
 
 
 MEET = timedelta(seconds=30)
+# torch would end the process in which an exchange of NCCL's fails.
+LEAVE_IT_TO_US = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 
 def open_store(port: int = 0) -> Any:
@@ -106,8 +115,9 @@ def join(group: Group, store: Any) -> None:
     store.set_timeout(MEET)  # they are all there, so this takes a moment
     store = distributed.PrefixStore("ranks", store)
     if group.device.type == "cuda":
-        options = distributed.ProcessGroupNCCL.Options()
-        group.link = distributed.ProcessGroupNCCL(store, group.rank, group.size, options)
+        with patch.dict(os.environ, LEAVE_IT_TO_US):
+            options = distributed.ProcessGroupNCCL.Options()
+            group.link = distributed.ProcessGroupNCCL(store, group.rank, group.size, options)
         return
     gloo: Any = distributed.ProcessGroupGloo
     options = gloo._Options()

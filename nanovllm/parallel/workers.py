@@ -40,8 +40,9 @@ Job = Callable[[], None]  # something that can be pickled
 class Workers:
     """The processes of ranks 1, 2, …, each with its job."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_loss: Callable[[], None]) -> None:
         self.processes: list[subprocess.Popen] = []
+        self.on_loss = on_loss  # is called from any thread
         self.failure = ""  # which rank was lost, and why
         self.is_ending, self.is_lost = False, Event()
 
@@ -81,6 +82,7 @@ class Workers:
             self.failure = f"rank {rank} was lost: {cause}"
             self.is_lost.set()
             self.kill()
+            self.on_loss()
 
     def explain(self, error: BaseException) -> BaseException:
         """What to raise for an error of rank 0: another rank's loss, where that is the cause."""

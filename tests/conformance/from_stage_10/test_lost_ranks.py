@@ -85,7 +85,7 @@ def test_a_rank_that_hangs_is_given_up(folder):
 
 
 def test_a_rank_that_raises_says_what():
-    workers = Workers()
+    workers = Workers(on_loss=lambda: None)
     workers.start([partial(int, "no number")], [])
     assert workers.is_lost.wait(30)
     assert workers.failure.startswith("rank 1 was lost: ValueError(")
