@@ -36,6 +36,7 @@ from torch import Tensor
 
 from nanovllm.kernels import jit
 from nanovllm.kernels.add_rms_norm import add_rms_norm, add_rms_norm_torch
+from nanovllm.kernels.all_reduce import all_reduce
 from nanovllm.kernels.decode_attention import paged_decode_attention
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
@@ -98,6 +99,34 @@ def test_add_rms_norm(shape, add, dtype):
     )
     assert torch.equal(total, before[0] + before[1] if add else before[0])
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
+
+
+@each_dtype
+@pytest.mark.parametrize("ranks, size", [(2, 1), (2, 1000), (2, 1024), (3, 96), (8, 96)])
+def test_all_reduce(ranks, size, dtype):
+    """Ranks one after the other: a first round waits for nobody and only writes to the others."""
+    rows, word = 5, torch.int64 if dtype == torch.float32 else torch.int32
+    inboxes = [torch.zeros(2 * ranks * rows * size, dtype=word, device=DEV) for _ in range(ranks)]
+    addresses = torch.tensor([inbox.data_ptr() for inbox in inboxes], device=DEV)
+    counts = torch.zeros(ranks, rows, dtype=torch.int32, device=DEV) + 2**16 - 3  # tags wrap
+    wait, go = torch.zeros(2, 1, dtype=torch.int32, device=DEV) + torch.tensor([[0], [1]]).to(DEV)
+    for num_rows in (3, 5, 1, 4, 5, 2):
+        x, residual = randn(ranks, num_rows, size, dtype=dtype), randn(num_rows, size, dtype=dtype)
+        weight, before = randn(size, dtype=dtype), counts.clone()
+        with kernels():
+            for rank in range(ranks):
+                all_reduce(x[rank], addresses, counts[rank].clone(), go, rank)
+            found = [
+                all_reduce(x[rank], addresses, counts[rank], wait, rank, residual, weight, 0.1)
+                for rank in range(ranks)
+            ]
+        total = sum(part for part in x.float()).to(dtype) + residual
+        for normed, stream in found:
+            assert torch.equal(stream, found[0][1]) and torch.equal(normed, found[0][0])
+            check(stream, total.double().cpu())
+            check(normed, add_rms_norm_torch(*exact(stream), None, *exact(weight), 0.1)[0])
+        assert torch.equal(counts[:, :num_rows], before[:, :num_rows] + 1)
+        assert torch.equal(counts[:, num_rows:], before[:, num_rows:])
 
 
 @each_dtype

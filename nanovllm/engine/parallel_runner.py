@@ -69,7 +69,9 @@ def end_ranks(workers: Workers, ring: Writer, group: Group) -> None:
     ring.close()
     workers.end()
     group.abort()
-    group.link = None
+    if group.exchange is not None:
+        group.exchange.close()
+    group.link = group.exchange = None
 
 
 @dataclass(slots=True)

@@ -21,8 +21,13 @@ class RMSNorm(Layer):
     def forward(
         self, x: torch.Tensor, stream: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add x to the stream; returns the normalised stream, and the stream.
+        """Add x, summed over the ranks, to the stream; returns that normalised, and the stream.
 
-        x, stream: [num_tokens, size]; None for a stream that begins with x.
+        x: [num_tokens, size], this rank's part; the stream is the same on all ranks. None for a
+        stream that begins with x, which is whole.
         """
+        if stream is not None and self.group.size > 1:
+            if self.group.is_near(x):
+                return self.group.exchange.all_reduce(x, stream, self.weight, self.eps)
+            x = self.group.all_reduce(x)
         return add_rms_norm(x, stream, self.weight, self.eps)

@@ -39,7 +39,7 @@ class ColumnParallelLinear(ReplicatedLinear):
 class RowParallelLinear(ReplicatedLinear):
     """Cut by its inputs: a GPU holds the columns of W for what the layer before it made there.
 
-    What the GPUs get is added up.
+    What the GPUs get are parts of a sum. The norm that follows adds them up.
     """
 
     def take(self, kind: str, stored: Any) -> torch.Tensor:
@@ -50,9 +50,8 @@ class RowParallelLinear(ReplicatedLinear):
         return stored[:, self.group.rank * own : (self.group.rank + 1) * own]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [num_tokens, own input_size] -> [num_tokens, output_size], the sum over the ranks"""
-        y = self.group.all_reduce(linear(x, self.weight))
-        return y if self.bias is None else y + self.bias
+        """x: [num_tokens, own input_size] -> [num_tokens, output_size], this rank's part"""
+        return linear(x, self.weight, self.bias if self.group.rank == 0 else None)
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):

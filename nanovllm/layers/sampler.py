@@ -149,9 +149,11 @@ class Sampler(nn.Module):
                 parts = sample_parts(logits, heat, seeds, positions, first)
             else:
                 parts = sample_parts_torch(logits, sampling, first)
-            highest, scores, tokens = (self.group.gather(part) for part in parts)
+            numbers = self.group.gather(torch.cat([part.float() for part in parts], dim=1))
+            both = numbers.view(len(logits), self.group.size, 3, -1)
+            highest, scores, tokens = (both[:, :, i].flatten(1) for i in range(3))
             best = sample_best if uses_triton(logits) else sample_best_torch
-            return best((highest, scores, tokens), heat)
+            return best((highest, scores, tokens.int()), heat)
         if uses_triton(logits):
             return sample(logits, heat, seeds, positions)
         rows = [slice(start, start + ROWS) for start in range(0, len(logits), ROWS)]

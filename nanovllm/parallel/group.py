@@ -1,17 +1,17 @@
 """The ranks that share a model, and what they tell one another."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch.distributed import distributed_c10d
+
+from nanovllm.parallel.exchange import open_exchange
+from nanovllm.parallel.links import Gloo, Nccl
 
 
 @dataclass(slots=True)
@@ -22,7 +22,8 @@ class Group:
     size: int = 1
     device: torch.device = torch.device("cpu")
     came: np.ndarray | None = None  # how many exchanges each rank has come to, seen by all
-    link: Any = None  # torch's process group, once the ranks have met
+    link: Any = None  # to the other ranks, once they have met
+    exchange: Any = None  # a faster one, where kernels can write into each other's memory
     patience: timedelta = timedelta(minutes=10)  # then a rank that does not come is given up
 
     def note(self) -> None:
@@ -32,47 +33,37 @@ class Group:
 
     def abort(self) -> None:
         """Let go of what waits on a GPU for a rank that does not come; from any thread."""
-        if self.link is not None and self.device.type == "cuda":
+        if self.exchange is not None:
+            self.exchange.abort()
+        if self.link is not None:
             self.link.abort()
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in the place of x."""
-        if self.size > 1:
-            self.note()
-            options = distributed_c10d.AllreduceOptions()
-            options.timeout = self.patience
-            with others_are_to_blame():
-                self.link.allreduce([x], options).wait()
-        return x
+    def is_near(self, x: torch.Tensor) -> bool:
+        """Are all ranks within reach of a kernel, for a sum of x?"""
+        return self.exchange is not None and self.exchange.takes(x)
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Every rank's x side by side along the last dimension; all have one shape."""
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, perhaps in the place of x: floats, contiguous."""
         if self.size == 1:
             return x
         self.note()
-        options = distributed_c10d.AllgatherOptions()
-        options.timeout = self.patience
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        with others_are_to_blame():
-            self.link.allgather([parts], [x.contiguous()], options).wait()
-        return torch.cat(parts, dim=-1)
+        if self.is_near(x):
+            return self.exchange.all_reduce(x)[0]
+        self.link.all_reduce(x, self.patience)
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's x side by side. [num_rows, n] -> [num_rows, size * n]"""
+        if self.size == 1:
+            return x
+        wide = x.new_zeros(len(x), self.size, x.shape[1])
+        wide[:, self.rank] = x
+        return self.all_reduce(wide.flatten(1))
 
     def least(self, number: int) -> int:
         """The least of the ranks' numbers."""
-        return int(self.gather(torch.tensor([number], device=self.device)).min())
-
-
-class RankLost(RuntimeError):
-    """An exchange broke off: another rank has ended, or has not come in time."""
-
-
-@contextmanager
-def others_are_to_blame() -> Iterator[None]:
-    """Make a RankLost of what torch raises in an exchange."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankLost(str(error)) from None
+        own = torch.tensor([[number]], dtype=torch.float64, device=self.device)
+        return int(self.gather(own).min())
 
 
 _group: ContextVar[Group | None] = ContextVar("group", default=None)
@@ -94,8 +85,6 @@ def set_group(group: Group) -> Iterator[None]:
 
 
 MEET = timedelta(seconds=30)
-# torch would end the process in which an exchange of NCCL's fails.
-LEAVE_IT_TO_US = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 
 def open_store(port: int = 0) -> Any:
@@ -110,17 +99,13 @@ def open_store(port: int = 0) -> Any:
 
 def join(group: Group, store: Any) -> None:
     """Link a rank to the others: by NCCL on GPUs, by gloo on CPUs. All have opened the store."""
-    from torch import distributed
+    from torch.distributed import PrefixStore
 
     store.set_timeout(MEET)  # they are all there, so this takes a moment
-    store = distributed.PrefixStore("ranks", store)
-    if group.device.type == "cuda":
-        with patch.dict(os.environ, LEAVE_IT_TO_US):
-            options = distributed.ProcessGroupNCCL.Options()
-            group.link = distributed.ProcessGroupNCCL(store, group.rank, group.size, options)
+    rank, size = group.rank, group.size
+    if group.device.type == "cpu":
+        group.link = Gloo(rank, size, PrefixStore("gloo", store), MEET)
         return
-    gloo: Any = distributed.ProcessGroupGloo
-    options = gloo._Options()
-    options._timeout = MEET
-    options._devices = [gloo.create_device(hostname="127.0.0.1")]
-    group.link = gloo(store, group.rank, group.size, options)
+    with torch.cuda.device(group.device):
+        group.link = Nccl(rank, size, PrefixStore("nccl", store))
+        group.exchange = open_exchange(rank, size, group.device, PrefixStore("exchange", store))

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from threading import Event, Thread
 
-from nanovllm.parallel.group import RankLost
+from nanovllm.parallel.links import RankLost
 
 BOOT = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); " + (
     "from nanovllm.parallel.workers import work; work()"

@@ -1,0 +1,91 @@
+"""The sum over all ranks, the residual add and the RMSNorm after it, in one kernel."""
+
+import torch
+
+from nanovllm.kernels.jit import overlaps, tl, triton, wait_for_inputs
+
+
+@triton.jit
+def push(part, inboxes, offset, tag, there, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Write a row into the inboxes of all others, each number in a word with the tag."""
+    if part.dtype == tl.float32:
+        word = (part.to(tl.int32, bitcast=True).to(tl.int64) << 32) | tag
+    else:
+        word = (part.to(tl.int16, bitcast=True).to(tl.int32) << 16) | tag
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            inbox = tl.load(inboxes + rank).to(tl.pointer_type(word.dtype))
+            tl.store(tl.multiple_of(inbox, 16) + offset, word, mask=there)
+
+
+@triton.jit
+def pull(inbox, offset, tag, there, stop, KIND: tl.constexpr):
+    """A row that another rank writes, once all of its words have the tag. In float32."""
+    WORD: tl.constexpr = tl.int64 if KIND == tl.float32 else tl.int32
+    source = tl.multiple_of(inbox.to(tl.pointer_type(WORD)), 16) + offset
+    words = tl.load(source, mask=there, other=0, volatile=True)
+    is_late = tl.max((((words & 0xFFFF) != tag) & there).to(tl.int32), axis=0)
+    while (is_late != 0) & (tl.load(stop, volatile=True) == 0):
+        words = tl.load(source, mask=there, other=0, volatile=True)
+        is_late = tl.max((((words & 0xFFFF) != tag) & there).to(tl.int32), axis=0)
+    if KIND == tl.float32:
+        return (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return (words >> 16).to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def all_reduce_kernel(
+    out, total, x, residual, weight, inboxes, counts, stop, eps,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
+    RANKS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a row, which waits for nothing but the others' parts of that row."""
+    row, at = tl.program_id(0), tl.arange(0, PADDED)
+    there, here = at < SIZE, row.to(tl.int64) * SIZE + at
+    kind: tl.constexpr = x.dtype.element_ty
+    if NORM:
+        scale = tl.load(weight + at, mask=there).to(tl.float32)
+    wait_for_inputs(PDL)
+    count = tl.load(counts + row) + 1
+    tag = count & 0xFFFF
+    part = tl.load(x + here, mask=there, other=0.0)
+    place = ((count & 1) * RANKS * ROWS + row) * SIZE + at  # of rank 0's row
+    push(part, inboxes, place + RANK * ROWS * SIZE, tag, there, RANK, RANKS)
+    inbox = tl.load(inboxes + RANK)
+    stream = tl.zeros([PADDED], tl.float32)
+    for rank in tl.static_range(RANKS):  # the same order on every rank
+        if rank == RANK:
+            stream += part.to(tl.float32)
+        else:
+            stream += pull(inbox, place + rank * ROWS * SIZE, tag, there, stop, kind)
+    stream = stream.to(kind)
+    if NORM:
+        other = tl.load(residual + here, mask=there, other=0.0)
+        stream = (stream.to(tl.float32) + other.to(tl.float32)).to(kind)
+    tl.store(total + here, stream, mask=there)
+    tl.store(counts + row, count)
+    if NORM:
+        stream = stream.to(tl.float32)
+        stream *= tl.rsqrt(tl.sum(stream * stream, axis=0) / SIZE + eps)
+        tl.store(out + here, (stream * scale).to(kind), mask=there)
+
+
+def all_reduce(
+    x: torch.Tensor, inboxes: torch.Tensor, counts: torch.Tensor, stop: torch.Tensor, rank: int,
+    residual: torch.Tensor | None = None, weight: torch.Tensor | None = None, eps: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The sum of all ranks' x; with a residual, the stream normalised and the stream itself.
+
+    x, residual: [num_rows, size], contiguous, the same shape on every rank, which all call this.
+    inboxes: [ranks] int64, addresses; counts: [rows of an inbox] int32; stop: [1] int32, not 0 to
+    wait for nobody. Every rank gets the same bits.
+    """
+    out, total, size = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
+    padded, pdl = triton.next_power_of_2(size), overlaps(x)
+    all_reduce_kernel[len(x),](
+        out, total, x, x if residual is None else residual, x if weight is None else weight,
+        inboxes, counts, stop, eps,
+        SIZE=size, PADDED=padded, ROWS=len(counts), RANK=rank, RANKS=len(inboxes),
+        NORM=residual is not None, PDL=pdl, launch_pdl=pdl, num_warps=min(max(padded // 512, 1), 8),
+    )  # fmt: skip
+    return out if residual is not None else total, total
