@@ -102,11 +102,15 @@ def test_add_rms_norm(shape, add, dtype):
 
 
 @each_dtype
+@pytest.mark.parametrize("tags", [True, False])
 @pytest.mark.parametrize("ranks, size", [(2, 1), (2, 1000), (2, 1024), (3, 96), (8, 96)])
-def test_all_reduce(ranks, size, dtype):
+def test_all_reduce(ranks, size, tags, dtype):
     """Ranks one after the other: a first round waits for nobody and only writes to the others."""
-    rows, word = 5, torch.int64 if dtype == torch.float32 else torch.int32
-    inboxes = [torch.zeros(2 * ranks * rows * size, dtype=word, device=DEV) for _ in range(ranks)]
+    rows, size_bytes = 5, 8 * size + 4  # with tags, or numbers and a flag
+    inboxes = [
+        torch.zeros(2 * ranks * rows * size_bytes, dtype=torch.uint8, device=DEV)
+        for _ in range(ranks)
+    ]
     addresses = torch.tensor([inbox.data_ptr() for inbox in inboxes], device=DEV)
     counts = torch.zeros(ranks, rows, dtype=torch.int32, device=DEV) + 2**16 - 3  # tags wrap
     wait, go = torch.zeros(2, 1, dtype=torch.int32, device=DEV) + torch.tensor([[0], [1]]).to(DEV)
@@ -115,9 +119,11 @@ def test_all_reduce(ranks, size, dtype):
         weight, before = randn(size, dtype=dtype), counts.clone()
         with kernels():
             for rank in range(ranks):
-                all_reduce(x[rank], addresses, counts[rank].clone(), go, rank)
+                all_reduce(x[rank], addresses, counts[rank].clone(), go, rank, tags)
             found = [
-                all_reduce(x[rank], addresses, counts[rank], wait, rank, residual, weight, 0.1)
+                all_reduce(
+                    x[rank], addresses, counts[rank], wait, rank, tags, residual, weight, 0.1
+                )
                 for rank in range(ranks)
             ]
         total = sum(part for part in x.float()).to(dtype) + residual

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from threading import Event
+from typing import Any
 
 import torch
 from torch.testing import assert_close
 
 from nanovllm.kernels.add_rms_norm import add_rms_norm
+from nanovllm.parallel import exchange
 from nanovllm.parallel.group import Group, join, open_store
 from nanovllm.parallel.workers import Workers
 
@@ -48,6 +50,7 @@ class Measurement:
     def measure(self, store) -> list[dict]:
         """A row of figures for each shape."""
         torch.cuda.set_device(self.rank)
+        self.store = store
         self.group = Group(self.rank, self.size, torch.device("cuda", self.rank))
         join(self.group, store)
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -81,10 +84,22 @@ class Measurement:
                 lambda: (nccl(), add_rms_norm(y, residual, weight, 1e-6))
             ),
             **self.torchs(x),
-            "ours": self.time(ours),
-            "ours with add and norm": self.time(fused),
+            **self.both_kinds(x, residual, weight, 1e-6),
             "add and norm": self.time(lambda: add_rms_norm(y, residual, weight, 1e-6)),
         }
+
+    def both_kinds(self, x: torch.Tensor, *add_and_norm: Any) -> dict[str, float]:
+        """Ours, with tags and with flags."""
+        times, place, most = {}, (self.group.rank, self.size, x.device), exchange.TAGGED_ROWS
+        for kind, limit in (("tags", len(x)), ("flags", 0)):
+            exchange.TAGGED_ROWS = limit
+            store = torch.distributed.PrefixStore(f"{kind} {x.shape}", self.store)
+            ours = partial(exchange.Exchange(*place, store).all_reduce, x)
+            fused = partial(ours, *add_and_norm)
+            times[f"ours, {kind}"] = self.time(ours)
+            times[f"ours, {kind}, with add and norm"] = self.time(fused)
+        exchange.TAGGED_ROWS = most
+        return times
 
     def torchs(self, x: torch.Tensor) -> dict[str, float]:
         """The sums of torch's symmetric memory."""

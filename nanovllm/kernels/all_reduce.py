@@ -30,34 +30,73 @@ def pull(inbox, offset, tag, there, stop, KIND: tl.constexpr):
         is_late = tl.max((((words & 0xFFFF) != tag) & there).to(tl.int32), axis=0)
     if KIND == tl.float32:
         return (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return (words >> 16).to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+    else:
+        return (words >> 16).to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def push_flagged(
+    part, inboxes, place, flag, count, there,
+    END: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Write a row into the inboxes of all others, and a flag when it is there."""
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            inbox = tl.load(inboxes + rank).to(tl.pointer_type(part.dtype))
+            tl.store(tl.multiple_of(inbox, 16) + place, part, mask=there)
+    tl.debug_barrier()
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            flags = (tl.load(inboxes + rank) + END).to(tl.pointer_type(tl.int32))
+            tl.atomic_xchg(flags + flag, count, sem="release", scope="sys")
+
+
+@triton.jit
+def pull_flagged(inbox, place, flag, count, there, stop, END: tl.constexpr, KIND: tl.constexpr):
+    """A row that another rank writes, once its flag is there. In float32."""
+    flags = (inbox + END).to(tl.pointer_type(tl.int32))
+    found = tl.atomic_add(flags + flag, 0, sem="acquire", scope="sys")
+    while (found != count) & (tl.load(stop, volatile=True) == 0):
+        found = tl.atomic_add(flags + flag, 0, sem="acquire", scope="sys")
+    tl.debug_barrier()
+    source = tl.multiple_of(inbox.to(tl.pointer_type(KIND)), 16) + place
+    return tl.load(source, mask=there, other=0, volatile=True).to(tl.float32)
 
 
 @triton.jit
 def all_reduce_kernel(
     out, total, x, residual, weight, inboxes, counts, stop, eps,
     SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    RANKS: tl.constexpr, TAGS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row, which waits for nothing but the others' parts of that row."""
     row, at = tl.program_id(0), tl.arange(0, PADDED)
     there, here = at < SIZE, row.to(tl.int64) * SIZE + at
     kind: tl.constexpr = x.dtype.element_ty
+    end: tl.constexpr = 2 * RANKS * ROWS * SIZE * kind.primitive_bitwidth // 8
     if NORM:
         scale = tl.load(weight + at, mask=there).to(tl.float32)
     wait_for_inputs(PDL)
     count = tl.load(counts + row) + 1
-    tag = count & 0xFFFF
+    flag = (count & 1) * RANKS * ROWS + row  # of rank 0's row
+    tag, place = count & 0xFFFF, flag * SIZE + at
+    own = RANK * ROWS
     part = tl.load(x + here, mask=there, other=0.0)
-    place = ((count & 1) * RANKS * ROWS + row) * SIZE + at  # of rank 0's row
-    push(part, inboxes, place + RANK * ROWS * SIZE, tag, there, RANK, RANKS)
+    if TAGS:
+        push(part, inboxes, place + own * SIZE, tag, there, RANK, RANKS)
+    else:
+        push_flagged(part, inboxes, place + own * SIZE, flag + own, count, there, end, RANK, RANKS)
     inbox = tl.load(inboxes + RANK)
     stream = tl.zeros([PADDED], tl.float32)
     for rank in tl.static_range(RANKS):  # the same order on every rank
+        at_rank = place + rank * ROWS * SIZE
         if rank == RANK:
             stream += part.to(tl.float32)
+        elif TAGS:
+            stream += pull(inbox, at_rank, tag, there, stop, kind)
         else:
-            stream += pull(inbox, place + rank * ROWS * SIZE, tag, there, stop, kind)
+            at_flag = flag + rank * ROWS
+            stream += pull_flagged(inbox, at_rank, at_flag, count, there, stop, end, kind)
     stream = stream.to(kind)
     if NORM:
         other = tl.load(residual + here, mask=there, other=0.0)
@@ -72,13 +111,14 @@ def all_reduce_kernel(
 
 def all_reduce(
     x: torch.Tensor, inboxes: torch.Tensor, counts: torch.Tensor, stop: torch.Tensor, rank: int,
-    residual: torch.Tensor | None = None, weight: torch.Tensor | None = None, eps: float = 0.0,
+    tags: bool, residual: torch.Tensor | None = None, weight: torch.Tensor | None = None,
+    eps: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The sum of all ranks' x; with a residual, the stream normalised and the stream itself.
 
     x, residual: [num_rows, size], contiguous, the same shape on every rank, which all call this.
     inboxes: [ranks] int64, addresses; counts: [rows of an inbox] int32; stop: [1] int32, not 0 to
-    wait for nobody. Every rank gets the same bits.
+    wait for nobody. `tags` or flags say that a row is there. Every rank gets the same bits.
     """
     out, total, size = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
     padded, pdl = triton.next_power_of_2(size), overlaps(x)
@@ -86,6 +126,7 @@ def all_reduce(
         out, total, x, x if residual is None else residual, x if weight is None else weight,
         inboxes, counts, stop, eps,
         SIZE=size, PADDED=padded, ROWS=len(counts), RANK=rank, RANKS=len(inboxes),
-        NORM=residual is not None, PDL=pdl, launch_pdl=pdl, num_warps=min(max(padded // 512, 1), 8),
+        TAGS=tags, NORM=residual is not None, PDL=pdl, launch_pdl=pdl,
+        num_warps=min(max(padded // 512, 1), 8),
     )  # fmt: skip
     return out if residual is not None else total, total

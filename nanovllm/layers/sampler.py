@@ -151,7 +151,7 @@ class Sampler(nn.Module):
                 parts = sample_parts_torch(logits, sampling, first)
             numbers = self.group.gather(torch.cat([part.float() for part in parts], dim=1))
             both = numbers.view(len(logits), self.group.size, 3, -1)
-            highest, scores, tokens = (both[:, :, i].flatten(1) for i in range(3))
+            highest, scores, tokens = (both[:, :, i].flatten(1).contiguous() for i in range(3))
             best = sample_best if uses_triton(logits) else sample_best_torch
             return best((highest, scores, tokens.int()), heat)
         if uses_triton(logits):

@@ -43,13 +43,14 @@ class Inbox:
         call(self.cuda.cudaFree, self.own)
 
 
-ROWS = 2048  # of an inbox, for two ranks; longer messages are NCCL's
+ROWS = 2048  # of a sum over two ranks; longer messages are NCCL's
 WIDEST = 16384  # numbers in a row
+TAGGED_ROWS = 32  # up to so many, a number is sent with its tag
 
 
 @dataclass(slots=True)
 class Places:
-    """The inboxes for rows of one size."""
+    """The inboxes for rows of one kind."""
 
     inbox: Inbox
     addresses: torch.Tensor  # [ranks] int64: every rank's inbox
@@ -66,19 +67,20 @@ class Exchange:
         self.stop = torch.zeros(1, dtype=torch.int32, device=device)
         self.one = torch.ones(1, dtype=torch.int32, pin_memory=True)
         self.side = torch.cuda.Stream(device)
-        self.places_for(torch.empty(1, 1, device=device))  # a RuntimeError comes at once
+        self.places_for(torch.empty(1, 1, device=device), True)  # a RuntimeError comes at once
 
-    def places_for(self, x: torch.Tensor) -> Places:
+    def places_for(self, x: torch.Tensor, tags: bool) -> Places:
         """The inboxes for x; new ones if there are none, which all ranks make together."""
-        key = x.shape[1], x.dtype
+        key = x.shape[1], x.dtype, tags
         if key not in self.places:
             from torch.distributed import PrefixStore
 
-            num_bytes = 2 * self.size * self.rows * x.shape[1] * 2 * x.element_size()
+            rows = TAGGED_ROWS if tags else self.rows
+            row_bytes = 2 * x[0].nbytes if tags else x[0].nbytes + 4  # a flag of 4 bytes
             store = PrefixStore(f"inbox {len(self.places)}", self.store)
-            inbox = Inbox(self.rank, self.size, num_bytes, store)
+            inbox = Inbox(self.rank, self.size, 2 * self.size * rows * row_bytes, store)
             addresses = torch.tensor(inbox.addresses, device=self.device)
-            counts = torch.zeros(self.rows, dtype=torch.int32, device=self.device)
+            counts = torch.zeros(rows, dtype=torch.int32, device=self.device)
             self.places[key] = Places(inbox, addresses, counts)
         return self.places[key]
 
@@ -89,10 +91,11 @@ class Exchange:
         weight: torch.Tensor | None = None,
         eps: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `kernels.all_reduce`. x: [num_rows, size], num_rows at most `rows`."""
-        places = self.places_for(x)
+        """As `kernels.all_reduce`, for an x that it `takes`."""
+        tags = len(x) <= TAGGED_ROWS
+        places = self.places_for(x, tags)
         ways = places.addresses, places.counts, self.stop
-        return all_reduce(x, *ways, self.rank, residual, weight, eps)
+        return all_reduce(x, *ways, self.rank, tags, residual, weight, eps)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Is x short enough, and of numbers of 16 or 32 bits?"""
