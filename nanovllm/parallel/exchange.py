@@ -8,6 +8,8 @@ import torch
 
 from nanovllm.kernels.all_reduce import all_reduce
 
+PAGE = 2**21
+
 
 def call(function: Any, *args: Any) -> Any:
     """What a function of CUDA's returns; RuntimeError where it fails."""
@@ -25,6 +27,7 @@ class Inbox:
 
     def __init__(self, rank: int, size: int, num_bytes: int, store: Any):
         self.cuda = cuda = import_module("cuda.bindings.runtime")
+        num_bytes = -(-num_bytes // PAGE) * PAGE  # what is shared is whole pages
         self.own = int(call(cuda.cudaMalloc, num_bytes))
         call(cuda.cudaMemset, self.own, 0, num_bytes)
         torch.cuda.synchronize()  # it is empty before anybody can write

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from itertools import zip_longest
 from threading import Timer
 
 import pytest
@@ -33,6 +34,23 @@ def tokens(**options) -> list[list[int]]:
 def test_two_gpus_give_the_tokens_of_a_cpu(enforce_eager, pool):
     options = dict(num_kvcache_blocks=pool, tensor_parallel_size=2, enforce_eager=enforce_eager)
     assert tokens(device="cuda", **options) == tokens(device="cpu", num_kvcache_blocks=64)
+
+
+def test_two_engines_at_once_each_on_two_gpus():
+    options = dict(dtype="float32", kvcache_block_size=16, num_kvcache_blocks=64)
+    one, other = (LLM(device="cuda", tensor_parallel_size=2, **options) for _ in range(2))
+    assert one.model_runner.group.exchange and other.model_runner.group.exchange
+    expected, streams = tokens(device="cpu", num_kvcache_blocks=64), []
+    for prompt, params in zip(PROMPTS, PARAMS, strict=True):
+        streams += [llm.stream(prompt, params) for llm in (one, other)]
+    found: list[list[int]] = [[] for _ in streams]
+    for pieces in zip_longest(*streams):
+        for ids, piece in zip(found, pieces, strict=True):
+            ids += piece["token_ids"] if piece else []
+    assert found[::2] == found[1::2] == expected
+    one.exit()
+    assert [out["token_ids"] for out in other.generate(PROMPTS, PARAMS, use_tqdm=False)] == expected
+    other.exit()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
