@@ -53,12 +53,13 @@ class Measurement:
         self.store = store
         self.group = Group(self.rank, self.size, torch.device("cuda", self.rank))
         join(self.group, store)
+        rows = [self.row(*shape) for shape in SHAPES]
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         torch.distributed.init_process_group(
             "nccl", store=torch.distributed.PrefixStore("torch", store),
             rank=self.rank, world_size=self.size, device_id=self.group.device,
         )  # fmt: skip
-        return [self.row(*shape) for shape in SHAPES]
+        return [{**row, **self.torchs(*shape)} for row, shape in zip(rows, SHAPES, strict=True)]
 
     def row(self, num_rows: int, size: int) -> dict:
         """Check the sums of one shape, and time them."""
@@ -83,7 +84,6 @@ class Measurement:
             "nccl, add and norm": self.time(
                 lambda: (nccl(), add_rms_norm(y, residual, weight, 1e-6))
             ),
-            **self.torchs(x),
             **self.both_kinds(x, residual, weight, 1e-6),
             "add and norm": self.time(lambda: add_rms_norm(y, residual, weight, 1e-6)),
         }
@@ -92,21 +92,22 @@ class Measurement:
         """Ours, with tags and with flags."""
         times, place, most = {}, (self.group.rank, self.size, x.device), exchange.TAGGED_ROWS
         for kind, limit in (("tags", len(x)), ("flags", 0)):
-            exchange.TAGGED_ROWS = limit
             store = torch.distributed.PrefixStore(f"{kind} {x.shape}", self.store)
             ours = partial(exchange.Exchange(*place, store).all_reduce, x)
+            exchange.TAGGED_ROWS = limit
             fused = partial(ours, *add_and_norm)
             times[f"ours, {kind}"] = self.time(ours)
             times[f"ours, {kind}, with add and norm"] = self.time(fused)
         exchange.TAGGED_ROWS = most
         return times
 
-    def torchs(self, x: torch.Tensor) -> dict[str, float]:
+    def torchs(self, num_rows: int, size: int) -> dict[str, float]:
         """The sums of torch's symmetric memory."""
         from torch.distributed import _symmetric_memory as symmetric
 
         name = torch.distributed.group.WORLD.group_name
-        shared = symmetric.empty(x.numel(), dtype=x.dtype, device=x.device)
+        device = self.group.device
+        shared = symmetric.empty(num_rows * size, dtype=torch.bfloat16, device=device)
         symmetric.rendezvous(shared, name)
         one, two = torch.ops.symm_mem.one_shot_all_reduce, torch.ops.symm_mem.two_shot_all_reduce_
         return {

@@ -48,7 +48,7 @@ class Inbox:
 
 ROWS = 2048  # of a sum over two ranks; longer messages are NCCL's
 WIDEST = 16384  # numbers in a row
-TAGGED_ROWS = 32  # up to so many, a number is sent with its tag
+TAGGED_ROWS = 64  # up to so many, a number is sent with its tag
 
 
 @dataclass(slots=True)
