@@ -35,6 +35,7 @@ SHAPES = {
     "qwen3-1.7b": qwen3_shape(2048, 6144, 28, 16, tied=True),
     "qwen3-4b": qwen3_shape(2560, 9728, 36, 32, tied=True),
     "qwen3-8b": qwen3_shape(4096, 12288, 36, 32, tied=False),
+    "qwen3-32b": qwen3_shape(5120, 25600, 64, 64, tied=False),
 }
 
 

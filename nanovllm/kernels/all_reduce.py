@@ -6,7 +6,7 @@ from nanovllm.kernels.jit import overlaps, tl, triton, wait_for_inputs
 
 
 @triton.jit
-def push(part, inboxes, offset, tag, there, RANK: tl.constexpr, RANKS: tl.constexpr):
+def push(part, inboxes, place, tag, there, RANK: tl.constexpr, RANKS: tl.constexpr):
     """Write a row into the inboxes of all others, each number in a word with the tag."""
     if part.dtype == tl.float32:
         word = (part.to(tl.int32, bitcast=True).to(tl.int64) << 32) | tag
@@ -15,14 +15,14 @@ def push(part, inboxes, offset, tag, there, RANK: tl.constexpr, RANKS: tl.conste
     for rank in tl.static_range(RANKS):
         if rank != RANK:
             inbox = tl.load(inboxes + rank).to(tl.pointer_type(word.dtype))
-            tl.store(tl.multiple_of(inbox, 16) + offset, word, mask=there)
+            tl.store(tl.multiple_of(inbox, 16) + place, word, mask=there)
 
 
 @triton.jit
-def pull(inbox, offset, tag, there, stop, KIND: tl.constexpr):
+def pull(inbox, place, tag, there, stop, KIND: tl.constexpr):
     """A row that another rank writes, once all of its words have the tag. In float32."""
     WORD: tl.constexpr = tl.int64 if KIND == tl.float32 else tl.int32
-    source = tl.multiple_of(inbox.to(tl.pointer_type(WORD)), 16) + offset
+    source = tl.multiple_of(inbox.to(tl.pointer_type(WORD)), 16) + place
     words = tl.load(source, mask=there, other=0, volatile=True)
     is_late = tl.max((((words & 0xFFFF) != tag) & there).to(tl.int32), axis=0)
     while (is_late != 0) & (tl.load(stop, volatile=True) == 0):
@@ -64,6 +64,33 @@ def pull_flagged(inbox, place, flag, count, there, stop, END: tl.constexpr, KIND
 
 
 @triton.jit
+def sum_over_ranks(
+    part, inboxes, row, at, there, count, stop,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    TAGS: tl.constexpr,
+):  # fmt: skip
+    """All ranks' parts of a row, added up in float32. `count`: the row's exchanges, with this."""
+    kind: tl.constexpr = part.dtype
+    end: tl.constexpr = 2 * RANKS * ROWS * SIZE * kind.primitive_bitwidth // 8
+    inbox, total = tl.load(inboxes + RANK), tl.zeros_like(part).to(tl.float32)
+    tag, first = count & 0xFFFF, (count & 1) * RANKS * ROWS + row  # where rank 0 writes
+    here = first + RANK * ROWS
+    if TAGS:
+        push(part, inboxes, here * SIZE + at, tag, there, RANK, RANKS)
+    else:
+        push_flagged(part, inboxes, here * SIZE + at, here, count, there, end, RANK, RANKS)
+    for rank in tl.static_range(RANKS):
+        here = first + rank * ROWS
+        if rank == RANK:
+            total += part.to(tl.float32)
+        elif TAGS:
+            total += pull(inbox, here * SIZE + at, tag, there, stop, kind)
+        else:
+            total += pull_flagged(inbox, here * SIZE + at, here, count, there, stop, end, kind)
+    return total
+
+
+@triton.jit
 def all_reduce_kernel(
     out, total, x, residual, weight, inboxes, counts, stop, eps,
     SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
@@ -73,31 +100,14 @@ def all_reduce_kernel(
     row, at = tl.program_id(0), tl.arange(0, PADDED)
     there, here = at < SIZE, row.to(tl.int64) * SIZE + at
     kind: tl.constexpr = x.dtype.element_ty
-    end: tl.constexpr = 2 * RANKS * ROWS * SIZE * kind.primitive_bitwidth // 8
     if NORM:
         scale = tl.load(weight + at, mask=there).to(tl.float32)
     wait_for_inputs(PDL)
     count = tl.load(counts + row) + 1
-    flag = (count & 1) * RANKS * ROWS + row  # of rank 0's row
-    tag, place = count & 0xFFFF, flag * SIZE + at
-    own = RANK * ROWS
     part = tl.load(x + here, mask=there, other=0.0)
-    if TAGS:
-        push(part, inboxes, place + own * SIZE, tag, there, RANK, RANKS)
-    else:
-        push_flagged(part, inboxes, place + own * SIZE, flag + own, count, there, end, RANK, RANKS)
-    inbox = tl.load(inboxes + RANK)
-    stream = tl.zeros([PADDED], tl.float32)
-    for rank in tl.static_range(RANKS):  # the same order on every rank
-        at_rank = place + rank * ROWS * SIZE
-        if rank == RANK:
-            stream += part.to(tl.float32)
-        elif TAGS:
-            stream += pull(inbox, at_rank, tag, there, stop, kind)
-        else:
-            at_flag = flag + rank * ROWS
-            stream += pull_flagged(inbox, at_rank, at_flag, count, there, stop, end, kind)
-    stream = stream.to(kind)
+    stream = sum_over_ranks(
+        part, inboxes, row, at, there, count, stop, SIZE, ROWS, RANK, RANKS, TAGS
+    ).to(kind)
     if NORM:
         other = tl.load(residual + here, mask=there, other=0.0)
         stream = (stream.to(tl.float32) + other.to(tl.float32)).to(kind)

@@ -39,12 +39,6 @@ class Inbox:
             flag = cuda.cudaIpcMemLazyEnablePeerAccess
             self.addresses[other] = int(call(cuda.cudaIpcOpenMemHandle, handle, flag))
 
-    def close(self) -> None:
-        """Give the memory back."""
-        for address in {*self.addresses} - {self.own}:
-            call(self.cuda.cudaIpcCloseMemHandle, address)
-        call(self.cuda.cudaFree, self.own)
-
 
 ROWS = 2048  # of a sum over two ranks; longer messages are NCCL's
 WIDEST = 16384  # numbers in a row
@@ -61,7 +55,7 @@ class Places:
 
 
 class Exchange:
-    """Sums over ranks whose GPUs can write into each other's memory."""
+    """Sums over ranks whose GPUs can write into each other's memory; else RuntimeError."""
 
     def __init__(self, rank: int, size: int, device: torch.device, store: Any):
         self.rank, self.size, self.device, self.store = rank, size, device, store
@@ -70,7 +64,7 @@ class Exchange:
         self.stop = torch.zeros(1, dtype=torch.int32, device=device)
         self.one = torch.ones(1, dtype=torch.int32, pin_memory=True)
         self.side = torch.cuda.Stream(device)
-        self.places_for(torch.empty(1, 1, device=device), True)  # a RuntimeError comes at once
+        self.places_for(torch.empty(1, 1, device=device), tags=True)  # to see whether it works
 
     def places_for(self, x: torch.Tensor, tags: bool) -> Places:
         """The inboxes for x; new ones if there are none, which all ranks make together."""
@@ -87,6 +81,10 @@ class Exchange:
             self.places[key] = Places(inbox, addresses, counts)
         return self.places[key]
 
+    def takes(self, x: torch.Tensor) -> bool:
+        """Is x short enough, and of numbers of 16 or 32 bits?"""
+        return x.dim() == 2 and len(x) <= self.rows and x.shape[1] <= WIDEST and x.itemsize <= 4
+
     def all_reduce(
         self,
         x: torch.Tensor,
@@ -100,10 +98,6 @@ class Exchange:
         ways = places.addresses, places.counts, self.stop
         return all_reduce(x, *ways, self.rank, tags, residual, weight, eps)
 
-    def takes(self, x: torch.Tensor) -> bool:
-        """Is x short enough, and of numbers of 16 or 32 bits?"""
-        return x.dim() == 2 and len(x) <= self.rows and x.shape[1] <= WIDEST and x.itemsize <= 4
-
     def abort(self) -> None:
         """Let no kernel wait any longer; from any thread."""
         with torch.cuda.stream(self.side):
@@ -113,7 +107,9 @@ class Exchange:
         """Give the inboxes back, once nothing on the GPU uses them."""
         torch.cuda.synchronize(self.device)
         for places in self.places.values():
-            places.inbox.close()
+            for address in {*places.inbox.addresses} - {places.inbox.own}:
+                call(places.inbox.cuda.cudaIpcCloseMemHandle, address)
+            call(places.inbox.cuda.cudaFree, places.inbox.own)
         self.places = {}
 
 
