@@ -49,6 +49,8 @@ SLOW = (
     *("tests/conformance/" + name for name in LAWS_OF),
     "tests/conformance/from_stage_3/test_paged_tokens.py",
     "tests/conformance/from_stage_9/test_pipelined_tokens.py",
+    "tests/conformance/from_stage_10/test_lost_ranks.py",
+    "tests/conformance/from_stage_10/test_tensor_parallel.py",
     "tests/conformance/from_stage_8/test_replayed_steps.py",
     "tests/conformance/from_stage_8/test_usual_scripts.py",
     "tests/conformance/test_imports.py",
