@@ -34,6 +34,7 @@ from nanovllm.kernels import (
     silu_and_mul,
     small_linear,
     store_kvcache,
+    top_k_top_p,
 )
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -98,7 +99,9 @@ def the_rest(dtype: torch.dtype) -> None:
     for silu in (False, True):
         small_linear.small_linear(x, x.repeat(2, 1), silu)
     ids, heat = torch.zeros(3, dtype=torch.int64), torch.zeros(3)
-    sample.sample(torch.zeros(3, 5000, dtype=dtype), heat, ids, ids)
+    logits = torch.zeros(3, 5000, dtype=dtype)
+    sample.sample(logits, heat, ids, ids)
+    top_k_top_p.keep_top_k_top_p_(logits, heat, ids, heat)
     resolve_tokens.resolve_tokens(ids, ids)
 
 

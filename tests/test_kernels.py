@@ -46,8 +46,14 @@ from nanovllm.kernels.sample import sample, sample_best, sample_parts
 from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_torch
 from nanovllm.kernels.small_linear import MAX_TOKENS, linear, small_linear
 from nanovllm.kernels.store_kvcache import store_kvcache
+from nanovllm.kernels.top_k_top_p import keep_top_k_top_p_
 from nanovllm.layers.attention import paged_attention
-from nanovllm.layers.sampler import SamplingTensors, exponential_noise, sample_torch
+from nanovllm.layers.sampler import (
+    SamplingTensors,
+    exponential_noise,
+    keep_top_k_top_p,
+    sample_torch,
+)
 
 # Of the interpreter, which lets numpy say what a GPU keeps to itself.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -78,7 +84,7 @@ def test_every_kernel_compiles_for_a_gpu(root, tmp_path):
     command = [sys.executable, root / "tests" / "compile_kernels.py"]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    assert "variants of 11 kernels" in shown.stdout
+    assert "variants of 12 kernels" in shown.stdout
 
 
 def test_kernels_run_where_they_are_told_to():
@@ -391,6 +397,88 @@ def test_a_batch_that_asks_for_more_counters_gets_its_own(num_counters):
         found = paged_decode_attention(*inputs, batch.scale, None, 3, counters=counters)
     check(found, batch.expected(2), factor=2)
     assert not counters.any()
+
+
+# Filters
+
+
+def kept(logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
+    """What the kernel leaves: a mask."""
+    found = guarded(logits)
+    with kernels():
+        keep_top_k_top_p_(found, *(x.to(DEV) for x in (temperatures, top_ks, top_ps)))
+    mask, found = (found > -torch.inf).cpu(), found.cpu()
+    assert torch.equal(found[mask], logits[mask])
+    return mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_columns", [1, 100, 4096, 9000])
+def test_top_k_and_top_p_keep_what_a_sort_in_float64_keeps(num_columns, dtype):
+    """Ties too; of masses that all but reach the nucleus either answer is right."""
+    n = 24
+    logits = torch.randn(n, num_columns) * 4
+    logits[::3] = logits[::3].round()
+    logits = logits.to(dtype)
+    heat = torch.rand(n) * 2 + 0.1
+    top_ks = torch.randint(0, num_columns + 2, (n,)) * (torch.rand(n) < 0.7)
+    top_ks[::4] = top_ks[::4].clamp(max=20)
+    top_ps = torch.rand(n).where(torch.rand(n) < 0.7, 1.0)
+    found, scores = kept(logits, heat, top_ks, top_ps), logits.double() / heat[:, None].double()
+    least, most = (
+        keep_top_k_top_p(scores, top_ks, top_ps.double() + edge * (top_ps < 1)) > -torch.inf
+        for edge in (-1e-5, 1e-5)
+    )
+    assert not (least & ~found).any() and not (found & ~most).any()
+
+
+def test_filters_at_their_edges():
+    inf = torch.inf
+    cases = [  # logits, top_k, top_p, kept
+        ([1.0, 3, 2, 3, 0], 1, 1.0, [1]),
+        ([1.0, 3, 2, 3, 0], 3, 1.0, [1, 2, 3]),
+        ([0.0, 0, 0, 0, -inf], 0, 0.5, [0, 1]),
+        ([0.0, 0, 0, 0, -inf], 3, 0.5, [0, 1]),
+        ([0.0, 2, 1, 1, 1], 0, 1e-45, [1]),
+        ([0.0, 2, 1, 1, 1], 2, 0.0, [1]),
+        ([-5.0, -2, -1, -1, -7], 2, 1.0, [2, 3]),
+        ([-inf, -inf, 4, -inf, -inf], 4, 0.99, [2]),
+        ([1e30, -1e30, 0, 0, 0], 0, 0.9, [0]),
+        ([-0.0, 0, -0.0, 0, 0], 2, 1.0, [0, 1]),
+    ]
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.tensor([case[0] for case in cases]).to(dtype)
+        found = logits.clone().to(DEV)
+        top_ks, top_ps = (torch.tensor([case[i] for case in cases]) for i in (1, 2))
+        with kernels():
+            keep_top_k_top_p_(found, torch.ones(10, device=DEV), top_ks.to(DEV), top_ps.to(DEV))
+        left = [row.ne(-inf).nonzero().flatten().tolist() for row in found.cpu()]
+        assert left == [case[3] for case in cases], dtype
+
+
+def test_a_filter_leaves_every_nan():
+    for nan in (torch.nan, -torch.nan):
+        logits = torch.randn(2, 50)
+        logits[0, 7] = logits[1, 49] = nan
+        with kernels():
+            found = keep_top_k_top_p_(
+                logits.to(DEV), torch.ones(2, device=DEV), torch.tensor([0, 3], device=DEV),
+                torch.tensor([0.5, 1.0], device=DEV),
+            ).cpu()  # fmt: skip
+        assert found[0, 7].isnan() and found[1, 49].isnan()
+
+
+def test_a_filter_and_the_sampler_draw_what_the_twin_draws():
+    n, num_columns = 40, 5000
+    logits, heat = torch.randn(n, num_columns) * 3, torch.rand(n) + 0.2
+    seeds, places = torch.randint(2**60, (n,)), torch.arange(n)
+    top_ks, top_ps = torch.randint(1, 50, (n,)), torch.rand(n) * 0.5 + 0.5
+    twin = SamplingTensors(heat, seeds, places, False, top_ks, top_ps, torch.arange(n))
+    found = guarded(logits)
+    with kernels():
+        keep_top_k_top_p_(found, *(x.to(DEV) for x in (heat, top_ks, top_ps)))
+        tokens = sample(found, *(x.to(DEV) for x in (heat, seeds, places)))
+    assert (tokens.cpu() != sample_torch(logits, twin)).sum() <= 1  # but for a nucleus's edge
 
 
 # Caches in which 32 bits do not count the elements

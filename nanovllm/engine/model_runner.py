@@ -16,7 +16,7 @@ from nanovllm.engine.step_inputs import InputLayout, Inputs, Packer, Shape, Step
 from nanovllm.engine.warmup import warmup_steps
 from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.layers.attention import Attention, choose_backend
-from nanovllm.layers.sampler import ROWS, Sampler, SamplingTensors, sample_torch
+from nanovllm.layers.sampler import Sampler, SamplingTensors, sample_rows
 from nanovllm.models import MODELS
 from nanovllm.parallel.group import get_group
 from nanovllm.utils.context import NUM_COUNTERS, Context, set_context
@@ -143,10 +143,6 @@ class ModelRunner:
             shapes = self.graph_shapes(config)
             self.graph_bytes = self.graphs.estimate_bytes(shapes, self.device)
 
-    def all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The logits of all ranks. hidden: [num_seqs, hidden_size] -> [num_seqs, vocab_size]"""
-        return self.sampler.group.gather(self.model.compute_logits(hidden))
-
     def cache_budget(self, config: Config) -> int:
         """How many bytes the cache may take on each rank; ValueError where none are left."""
         if not self.on_gpu:
@@ -197,18 +193,17 @@ class ModelRunner:
 
     def resample(self, hidden: torch.Tensor, inputs: Inputs, filtered: list[int]) -> None:
         """Another token, into `sampled`, for each of the rows that ask for top-k or top-p."""
-        for start in range(0, len(filtered), ROWS):
-            rows = self.tensor(filtered[start : start + ROWS])
-            sampling = SamplingTensors(
-                inputs["temperatures"][rows],
-                inputs["seeds"][rows],
-                inputs["lengths"][rows],
-                all_greedy=False,
-                top_ks=inputs["top_ks"][rows],
-                top_ps=inputs["top_ps"][rows],
-                filtered=torch.arange(len(rows), device=self.device),
-            )
-            self.sampled[rows] = sample_torch(self.all_logits(hidden[rows]), sampling)
+        if not filtered:
+            return
+        rows = self.tensor(filtered)
+        names = "temperatures", "seeds", "lengths", "top_ks", "top_ps"
+        heat, seeds, lengths, top_ks, top_ps = (inputs[name][rows] for name in names)
+        sampling = SamplingTensors(heat, seeds, lengths, False, top_ks, top_ps)
+        self.sampled[rows] = sample_rows(self.all_logits(hidden[rows]), sampling, keep=True)
+
+    def all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits of all ranks. hidden: [num_seqs, hidden_size] -> [num_seqs, vocab_size]"""
+        return self.sampler.group.gather(self.model.compute_logits(hidden))
 
     def capture_cudagraph(self, shapes: list[Shape]) -> None:
         """Record a step of each shape: model, logits and sampling."""

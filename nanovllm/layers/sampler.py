@@ -7,6 +7,7 @@ from torch import nn
 
 from nanovllm.kernels.jit import uses_triton
 from nanovllm.kernels.sample import Parts, sample, sample_best, sample_parts
+from nanovllm.kernels.top_k_top_p import keep_top_k_top_p_
 from nanovllm.parallel.group import get_group
 from nanovllm.sampling_params import SamplingParams
 
@@ -57,14 +58,15 @@ def keep_top_k_top_p(
 ) -> torch.Tensor:
     """-inf for all but the k likeliest tokens, and of these all but the nucleus of mass p.
 
-    logits: [num_seqs, vocab_size]; top_ks: [num_seqs] int64, 0 for all; top_ps: [num_seqs].
+    logits: [num_seqs, vocab_size]; top_ks: [num_seqs] int64, 0 for all; top_ps: [num_seqs]. Of
+    tokens that are equally likely the first ones in the vocabulary count as likelier.
     """
-    logits, order = logits.sort(dim=-1, descending=True)
+    logits, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
     drop_k = (rank >= top_ks.unsqueeze(1)) & (top_ks > 0).unsqueeze(1)
     probs = logits.masked_fill(drop_k, -torch.inf).softmax(dim=-1)
     mass_before = probs.cumsum(dim=-1) - probs
-    drop = drop_k | (mass_before >= top_ps.unsqueeze(1))
+    drop = drop_k | ((mass_before >= top_ps.unsqueeze(1)) & (top_ps < 1).unsqueeze(1))
     drop[:, 0] = False  # the likeliest token stays, also where top_p is so small that it is 0
     return torch.empty_like(logits).scatter_(1, order, logits.masked_fill(drop, -torch.inf))
 
@@ -119,6 +121,21 @@ def sample_torch(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tenso
 ROWS = 64  # at a time, for a sort takes more than ten bytes of memory for each byte of logits
 
 
+def sample_rows(logits: torch.Tensor, sampling: SamplingTensors, keep: bool) -> torch.Tensor:
+    """One token a row; with `keep`, of what top-k and top-p leave: logits may be overwritten."""
+    if uses_triton(logits):
+        draw = sampling.temperatures, sampling.seeds, sampling.positions
+        if keep:
+            assert sampling.top_ks is not None and sampling.top_ps is not None
+            keep_top_k_top_p_(logits, draw[0], sampling.top_ks, sampling.top_ps)
+        return sample(logits, *draw)
+    token_ids = []
+    for rows in torch.arange(len(logits), device=logits.device).split(ROWS):
+        part = sampling.rows(rows, torch.arange(len(rows), device=rows.device) if keep else None)
+        token_ids.append(sample_torch(logits[rows], part))
+    return torch.cat(token_ids)
+
+
 class Sampler(nn.Module):
     """Chooses one token a sequence, from the logits of all ranks."""
 
@@ -135,10 +152,8 @@ class Sampler(nn.Module):
         token_ids: [num_seqs] int64, -1 where there is a NaN. A filter needs all columns.
         """
         token_ids = self.choose(logits, sampling, first)
-        if sampling.filtered is not None:
-            for rows in sampling.filtered.split(ROWS):
-                part = sampling.rows(rows, torch.arange(len(rows), device=rows.device))
-                token_ids[rows] = sample_torch(logits[rows], part)
+        if (rows := sampling.filtered) is not None:
+            token_ids[rows] = sample_rows(logits[rows], sampling.rows(rows), keep=True)
         return token_ids
 
     def choose(self, logits: torch.Tensor, sampling: SamplingTensors, first: int) -> torch.Tensor:
@@ -154,10 +169,7 @@ class Sampler(nn.Module):
             highest, scores, tokens = (both[:, :, i].flatten(1).contiguous() for i in range(3))
             best = sample_best if uses_triton(logits) else sample_best_torch
             return best((highest, scores, tokens.int()), heat)
-        if uses_triton(logits):
-            return sample(logits, heat, seeds, positions)
-        rows = [slice(start, start + ROWS) for start in range(0, len(logits), ROWS)]
-        return torch.cat([sample_torch(logits[part], sampling.rows(part)) for part in rows])
+        return sample_rows(logits, sampling, keep=False)
 
 
 def sample_parts_torch(logits: torch.Tensor, sampling: SamplingTensors, first: int) -> Parts:
