@@ -2,7 +2,7 @@
 
 import torch
 
-from nanovllm.kernels.jit import overlaps, tl, triton, wait_for_inputs
+from nanovllm.kernels.jit import num_processors, overlaps, tl, triton, wait_for_inputs
 
 
 @triton.jit
@@ -110,9 +110,6 @@ def top_k_top_p_kernel(
     drop_below(row, num_columns, first, ties, SHIFT, BLOCK)
 
 
-COLUMNS = 4096  # at a time
-
-
 def keep_top_k_top_p_(
     logits: torch.Tensor, temperatures: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor
 ) -> torch.Tensor:
@@ -122,10 +119,11 @@ def keep_top_k_top_p_(
     masses at that temperature; top_ks: [num_seqs] int64, 0 for all. Equal logits are taken in the
     order of the vocabulary; the likeliest token stays. A NaN is left where it is.
     """
-    pdl = overlaps(logits)
+    # Half a multiprocessor's registers for a row, or all of them where the rows are few.
+    many, pdl = len(logits) > num_processors(logits.device), overlaps(logits)
     top_k_top_p_kernel[len(logits),](
         logits, temperatures, top_ks, top_ps, logits.shape[1],
-        SHIFT=16 if logits.dtype == torch.bfloat16 else 0, BLOCK=COLUMNS, PDL=pdl, launch_pdl=pdl,
-        num_warps=8,
+        SHIFT=16 if logits.dtype == torch.bfloat16 else 0, BLOCK=4096 if many else 8192,
+        PDL=pdl, launch_pdl=pdl, num_warps=8 if many else 16,
     )  # fmt: skip
     return logits
