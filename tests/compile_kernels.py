@@ -101,7 +101,9 @@ def the_rest(dtype: torch.dtype) -> None:
     ids, heat = torch.zeros(3, dtype=torch.int64), torch.zeros(3)
     logits = torch.zeros(3, 5000, dtype=dtype)
     sample.sample(logits, heat, ids, ids)
-    top_k_top_p.keep_top_k_top_p_(logits, heat, ids, heat)
+    for rows in (1, 4):  # few, and more than the interpreter has multiprocessors
+        many = logits.repeat(rows, 1), heat.repeat(rows), ids.repeat(rows), heat.repeat(rows)
+        top_k_top_p.keep_top_k_top_p_(*many)
     resolve_tokens.resolve_tokens(ids, ids)
 
 
