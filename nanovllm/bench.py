@@ -55,14 +55,14 @@ def measure(llm: "LLM", workload: Workload, repeats: int) -> dict:
     single_len, single_out = workload.single
     batch = [[fill.randrange(vocab_size) for _ in range(prefill_len)] for _ in range(num_prefill)]
     single = [fill.randrange(vocab_size) for _ in range(single_len)]
-    first = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=1)
+    first = workload.params(max_tokens=1)
 
     for shape in (prompts[:2], batch, single):  # warm up
         llm.generate(shape, first, use_tqdm=False)
     total = spread(repeats, lambda: seconds(llm, prompts, params))
     prefill = spread(repeats, lambda: seconds(llm, batch, first))
     first_token = spread(repeats, lambda: seconds(llm, single, first))
-    stream = spread(repeats, lambda: seconds_per_token(llm, single, single_out))
+    stream = spread(repeats, lambda: seconds_per_token(llm, single, workload.params(single_out)))
     floor = floor_seconds(llm, prompts, num_outputs)
     return {
         "output_tokens": sum(num_outputs),
@@ -85,11 +85,10 @@ def seconds(llm: "LLM", prompts: list, params: SamplingParams | list[SamplingPar
     return perf_counter() - start
 
 
-def seconds_per_token(llm: "LLM", prompt: list[int], num_tokens: int) -> float:
+def seconds_per_token(llm: "LLM", prompt: list[int], params: SamplingParams) -> float:
     """The time between two tokens of a single request, its first token left out."""
-    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=num_tokens)
     times = [perf_counter() for _ in llm.stream(prompt, params)]
-    return (times[-1] - times[0]) / (num_tokens - 1)
+    return (times[-1] - times[0]) / ((params.max_tokens or 2) - 1)
 
 
 def spread(repeats: int, measurement: Callable[[], float]) -> dict[str, float]:

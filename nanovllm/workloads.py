@@ -48,6 +48,18 @@ class Workload:
     output_len: tuple[int, int]
     prefill: tuple[int, int]  # prompts, and tokens in each
     single: tuple[int, int]  # prompt tokens, output tokens
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def params(self, max_tokens: int) -> SamplingParams:
+        """What a request of so many tokens asks for."""
+        return SamplingParams(
+            temperature=0.6,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            ignore_eos=True,
+            max_tokens=max_tokens,
+        )
 
     def requests(self, vocab_size: int) -> tuple[list[list[int]], list[SamplingParams]]:
         """Prompts and parameters; the lengths depend on no model, the tokens fit the vocabulary."""
@@ -56,13 +68,8 @@ class Workload:
             [random.randint(0, 10000) % vocab_size for _ in range(random.randint(*self.input_len))]
             for _ in range(self.num_requests)
         ]
-        params = [
-            SamplingParams(
-                temperature=0.6, ignore_eos=True, max_tokens=random.randint(*self.output_len)
-            )
-            for _ in range(self.num_requests)
-        ]
-        return prompts, params
+        lengths = [random.randint(*self.output_len) for _ in range(self.num_requests)]
+        return prompts, [self.params(length) for length in lengths]
 
 
 WORKLOADS = {
@@ -70,4 +77,9 @@ WORKLOADS = {
     "standard": Workload(256, (100, 1024), (100, 1024), prefill=(64, 1024), single=(512, 256)),
     # Small enough for an engine that recomputes everything on a laptop.
     "small": Workload(16, (16, 128), (16, 128), prefill=(8, 256), single=(128, 64)),
+    # The sampling that Qwen3's authors recommend.
+    "sampled": Workload(256, (256, 256), (128, 128), (64, 256), (256, 128), top_k=20, top_p=0.95),
+    # Long prompts, and a handful of short ones.
+    "long": Workload(16, (16384, 16384), (256, 256), prefill=(1, 16384), single=(16384, 256)),
+    "few": Workload(4, (128, 128), (256, 256), prefill=(4, 128), single=(128, 256)),
 }

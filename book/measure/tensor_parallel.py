@@ -41,7 +41,9 @@ def rows(llm: LLM) -> dict[str, Callable[[], float]]:
         return spread(repeats, lambda: seconds(llm, *call))["median"]
 
     return {
-        "one_stream": lambda: 1 / spread(3, lambda: seconds_per_token(llm, single, 256))["median"],
+        "one_stream": lambda: (
+            1 / spread(3, lambda: seconds_per_token(llm, single, params(256)))["median"]
+        ),
         "batch_64": lambda: 64 * 256 / median(3, short, params(256)),
         "prefill": lambda: 64 * 1024 / median(3, long, params(1)),
         "standard": lambda: num_outputs / median(2, prompts, all_params),
