@@ -41,6 +41,16 @@ def titles() -> dict[int, str]:
     return {k: title for k, title in names.items() if k > 0}
 
 
+PARALLEL = 10  # from this chapter on an engine takes two GPUs, where there are as many
+
+
+def num_gpus(chapter: int) -> int:
+    """How many GPUs the rung of a chapter is measured on; 1 also stands for a CPU."""
+    import torch
+
+    return 2 if chapter >= PARALLEL and torch.cuda.device_count() > 1 else 1
+
+
 def measure(rounds: int, first_chapter: int, arguments: list[str]) -> Iterator[dict]:
     """Run the benchmark on the stages from one on; after each run, what is known by then."""
     names = titles()
@@ -52,6 +62,8 @@ def measure(rounds: int, first_chapter: int, arguments: list[str]) -> Iterator[d
         for number in range(rounds):
             for k in sorted(results, reverse=number % 2 == 1):
                 command = [sys.executable, "-m", "nanovllm", "bench", "--json", "--repeats", "1"]
+                if num_gpus(k) > 1:
+                    command += ["--tensor-parallel-size", str(num_gpus(k))]
                 environment = {**os.environ, "PYTHONPATH": str(stages[k])}
                 run = subprocess.run(
                     [*command, *arguments], env=environment, cwd=folder, stdout=subprocess.PIPE
@@ -72,7 +84,7 @@ def summary(results: dict[int, list[dict]], names: dict[int, str]) -> dict:
         spread = {name: [run[name] for run in runs] for name in FIGURES}
         rung = {name: statistics.median(values) for name, values in spread.items()}
         rung["least_and_most"] = {name: [min(spread[name]), max(spread[name])] for name in RATES}
-        rungs.append({"chapter": k, "title": names[k], **rung})
+        rungs.append({"chapter": k, "title": names[k], "num_gpus": num_gpus(k), **rung})
     workload = {**first["workload"], "output_tokens": first["output_tokens"]}
     return {
         "model": first["model"],
@@ -90,7 +102,10 @@ def draw(ladder: dict, path: Path) -> None:
 
     use_style()
     rungs, work, machine = ladder["rungs"], ladder["workload"], ladder["machine"]
-    labels = [f"{rung['chapter']} {rung['title']}" for rung in rungs]
+    labels = [
+        f"{rung['chapter']} {rung['title']}" + ", two GPUs" * (rung.get("num_gpus", 1) > 1)
+        for rung in rungs
+    ]
     height = 1.5 + 0.45 * len(rungs)
     figure, axes = plt.subplots(1, 2, figsize=(8, height), sharey=True)
     requests = f"{work['num_requests']} requests together"
