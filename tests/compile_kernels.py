@@ -1,133 +1,133 @@
-"""Compile every kernel for an H100, on a machine without a GPU.
+"""Compile every kernel for a GPU that need not be there; print which were compiled.
 
-    TRITON_INTERPRET=0 python tests/compile_kernels.py
-
-The interpreter runs what the compiler refuses: a branch that no type fits, a name that is no
-constant. So each wrapper is called with tensors that lie on the CPU, and where it would launch a
-kernel, the kernel is compiled instead. Prints a line for each; the first that fails raises.
+The interpreter runs kernels as Python and knows neither types nor shared memory, so it accepts
+what the compiler refuses. Usage: compile_kernels.py COMPUTE_CAPABILITY, as 90.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
+import pkgutil
 import sys
-from pathlib import Path
-from types import ModuleType
-from unittest import mock
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import nanovllm.kernels as package
+from nanovllm.kernels.add_rms_norm import add_rms_norm
+from nanovllm.kernels.all_reduce import all_reduce
+from nanovllm.kernels.decode_attention import paged_decode_attention
+from nanovllm.kernels.norm_rope_store import norm_rope_store
+from nanovllm.kernels.prefill_attention import paged_prefill_attention
+from nanovllm.kernels.resolve_tokens import resolve_tokens
+from nanovllm.kernels.sample import sample
+from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.kernels.small_linear import small_linear
+from nanovllm.kernels.store_kvcache import store_kvcache
+from nanovllm.kernels.top_k_top_p import keep_top_k_top_p_
 
-from nanovllm import kernels as package
-from nanovllm.kernels import (
-    add_rms_norm,
-    all_reduce,
-    decode_attention,
-    jit,
-    norm_rope_store,
-    prefill_attention,
-    resolve_tokens,
-    sample,
-    silu_and_mul,
-    small_linear,
-    store_kvcache,
-    top_k_top_p,
-)
-
-H100 = GPUTarget("cuda", 90, 32)
-TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
-    torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
-OPTIONS = {"num_warps", "num_stages", "launch_pdl"}
-compiled: set[tuple] = set()
+CAPABILITY = int(sys.argv[1])
+MULTIPROCESSORS, SHARED_MEMORY = {80: (108, 163 << 10), 90: (132, 227 << 10)}[CAPABILITY]
+compiled: set[str] = set()
 
 
-def compile_instead(self: triton.JITFunction, *args, grid, warmup, **kwargs) -> None:
-    """In the place of `JITFunction.run`."""
-    options = {name: kwargs.pop(name) for name in OPTIONS & kwargs.keys()}
-    values = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(self.params):
-        value = values[parameter.name]
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{TYPES[value.dtype]}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-    case = (self.__name__, *signature.values(), *constants.values(), *options.items())
-    if case not in compiled:
-        compiled.add(case)
-        source = ASTSource(self, signature, constants, attributes)
-        registers = triton.compile(source, target=H100, options=options).metadata
-        types = ", ".join(sorted({t for t in signature.values() if t[0] == "*"}))
-        print(f"{self.__name__:26}{types:28}shared memory {registers.shared}", flush=True)
+class NoGPU:
+    """As much of a driver as it takes to compile."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITY, 32)
 
 
-def attention(dtype: torch.dtype) -> None:
-    """Both kernels of attention, and what stores keys and values."""
-    q, k = torch.zeros(4, 16, 128, dtype=dtype), torch.zeros(4, 8, 128, dtype=dtype)
-    caches = [torch.zeros(2, 256, 8, 128, dtype=dtype) for _ in "kv"]
-    tables, lens = torch.zeros(4, 2, dtype=torch.int32), torch.ones(4, dtype=torch.int32)
-    slots = torch.zeros(4, dtype=torch.int64)
-    for splits in (1, 4, 32):
-        decode_attention.paged_decode_attention(q, *caches, tables, lens, 0.1, None, splits, lens)
-    prefill_attention.paged_prefill_attention(q, *caches, tables, lens, lens, 4, 0.1)
-    store_kvcache.store_kvcache(k, k, *caches, slots)
-    weight, turns = torch.zeros(128, dtype=dtype), torch.zeros(8, 2, 1, 64)
-    for num_tokens in (4, 600):
-        qkv, at = torch.zeros(num_tokens, 32 * 128, dtype=dtype), slots.repeat(150)[:num_tokens]
-        for norm in (weight, None):
-            norm_rope_store.norm_rope_store(qkv, norm, norm, 1e-6, at, turns, *caches, at)
+launch = JITFunction.run
 
 
-def the_rest(dtype: torch.dtype) -> None:
-    """Norms, sums, products and sampling."""
-    x, weight = torch.zeros(3, 1024, dtype=dtype), torch.zeros(1024, dtype=dtype)
-    for residual in (x, None):
-        add_rms_norm.add_rms_norm(x, residual, weight, 1e-6)
-    inboxes, counts = torch.zeros(2, dtype=torch.int64), torch.zeros(64, dtype=torch.int32)
-    for tags in (True, False):
-        for norm in ((x, weight, 1e-6), ()):
-            all_reduce.all_reduce(x, inboxes, counts, counts[:1], 1, tags, *norm)
-    silu_and_mul.silu_and_mul(x)
+def compile_only(self: JITFunction, *args, grid, warmup, **kwargs):
+    """In the place of a launch."""
+    kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+    name = self.fn.__name__
+    assert kernel.metadata.shared <= SHARED_MEMORY, (name, kernel.metadata.shared, kwargs)
+    assert ("griddepcontrol" in kernel.asm["ptx"]) == bool(kwargs.get("PDL")), name
+    compiled.add(name)
+
+
+def pretend() -> None:
+    """Launches compile, and tensors count as those of the GPU."""
+    driver.set_active(NoGPU())
+    JITFunction.run = compile_only
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for name, pretended in {
+            "uses_triton": lambda x: True,
+            "overlaps": lambda x: CAPABILITY >= 90,
+            "num_processors": lambda device: MULTIPROCESSORS,
+        }.items():
+            if hasattr(module, name):
+                setattr(module, name, pretended)
+
+
+def attention(dtype: torch.dtype, head_dim: int, group: int, block_size: int) -> None:
+    """Decode at batch sizes from one sequence to so many that nothing is split, and prefill."""
+    for batch in (1, 8, 64):
+        q = torch.zeros(batch, 8 * group, head_dim, dtype=dtype)
+        caches = torch.zeros(2, 4, block_size, 8, head_dim, dtype=dtype)
+        tables = torch.zeros(batch, 4, dtype=torch.int32)
+        lens = torch.ones(batch, dtype=torch.int32)
+        paged_decode_attention(q, *caches, tables, lens, 0.1, order=lens)
+    starts = torch.arange(batch + 1, dtype=torch.int32)
+    paged_prefill_attention(q, *caches, tables, lens, starts, 1, 0.1)
+
+
+def layers(dtype: torch.dtype, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:
+    """What lies around attention, for one token and for many."""
+    for n in (1, 600):
+        x, ones = torch.zeros(n, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype)
+        add_rms_norm(x, None, ones, 1e-6)
+        add_rms_norm(x, x.clone(), ones, 1e-6)
+        silu_and_mul(torch.zeros(n, 6 * hidden, dtype=dtype))
+        caches = torch.zeros(2, 4, 256, kv_heads, head_dim, dtype=dtype)
+        k, slots = torch.zeros(n, kv_heads, head_dim, dtype=dtype), torch.arange(n)
+        store_kvcache(k, k, *caches, slots)
+        qkv = torch.zeros(n, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+        one, angles = torch.ones(head_dim, dtype=dtype), torch.zeros(9, 2, 1, head_dim // 2)
+        norm_rope_store(qkv, one, one, 1e-6, slots, angles, *caches, slots)
+        norm_rope_store(qkv, None, None, 0.0, slots, angles, *caches, slots)
     for silu in (False, True):
-        small_linear.small_linear(x, x.repeat(2, 1), silu)
-    ids, heat = torch.zeros(3, dtype=torch.int64), torch.zeros(3)
-    logits = torch.zeros(3, 5000, dtype=dtype)
-    sample.sample(logits, heat, ids, ids)
-    for rows in (1, 4):  # few, and more than the interpreter has multiprocessors
-        many = logits.repeat(rows, 1), heat.repeat(rows), ids.repeat(rows), heat.repeat(rows)
-        top_k_top_p.keep_top_k_top_p_(*many)
-    resolve_tokens.resolve_tokens(ids, ids)
+        weight = torch.zeros(3 * hidden, hidden, dtype=dtype)
+        small_linear(torch.zeros(2, hidden, dtype=dtype), weight, silu)
+    ids, logits = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 5000, dtype=dtype)
+    sample(logits, torch.ones(3), ids, ids)
+    resolve_tokens(ids, ids)
+    for rows in (3, 600):
+        top_ks, ones = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+        keep_top_k_top_p_(logits[:1].repeat(rows, 1), ones, top_ks, ones)
 
 
-def main() -> None:
-    """All kernels, in the types that models have."""
-    modules = [m for m in vars(package).values() if isinstance(m, ModuleType)]
-    jit._interpreted = True  # kernels take tensors on the CPU
-    for module in modules:
-        if hasattr(module, "overlaps"):
-            vars(module)["overlaps"] = lambda x: True  # as on an H100
-    with mock.patch.object(triton.JITFunction, "run", compile_instead):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            attention(dtype)
-            the_rest(dtype)
-    defined = {
-        name
-        for module in modules
-        for name, value in vars(module).items()
-        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
-    }
-    missing = defined - {name for name, *_ in compiled}
-    assert not missing, f"never compiled: {missing}"
-    print(f"{len(compiled)} variants of {len(defined)} kernels")
+def sums(dtype: torch.dtype, hidden: int, ranks: int) -> None:
+    """The sum over ranks, alone and with what follows it, for few rows and for many."""
+    x, ones = torch.zeros(3, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype)
+    inboxes, counts = torch.zeros(ranks, dtype=torch.int64), torch.zeros(64, dtype=torch.int32)
+    for tags in (True, False):
+        all_reduce(x, inboxes, counts, counts[:1], 1, tags)
+        all_reduce(x, inboxes, counts, counts[:1], 1, tags, x.clone(), ones, 1e-6)
 
 
 if __name__ == "__main__":
-    main()
+    pretend()
+    for dtype in (torch.bfloat16, torch.float32):
+        attention(dtype, head_dim=128, group=2, block_size=256)
+        layers(dtype, hidden=1024, heads=16, kv_heads=8, head_dim=128)
+        sums(dtype, hidden=4096, ranks=2)
+    attention(torch.bfloat16, head_dim=64, group=1, block_size=16)
+    attention(torch.bfloat16, head_dim=128, group=8, block_size=64)
+    layers(torch.bfloat16, hidden=256, heads=6, kv_heads=2, head_dim=64)
+    sums(torch.bfloat16, hidden=450, ranks=8)
+    print(json.dumps(sorted(compiled)))
