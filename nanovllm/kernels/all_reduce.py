@@ -69,7 +69,7 @@ def sum_over_ranks(
     SIZE: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     TAGS: tl.constexpr,
 ):  # fmt: skip
-    """All ranks' parts of a row, added up in float32. `count`: the row's exchanges, with this."""
+    """All ranks' parts of a row, in float32. `count`: of the row's exchanges, with this one."""
     kind: tl.constexpr = part.dtype
     end: tl.constexpr = 2 * RANKS * ROWS * SIZE * kind.primitive_bitwidth // 8
     inbox, total = tl.load(inboxes + RANK), tl.zeros_like(part).to(tl.float32)

@@ -82,7 +82,7 @@ class Exchange:
         return self.places[key]
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Is x short enough, and of numbers of 16 or 32 bits?"""
+        """Is x short enough, and of floats of 16 or 32 bits?"""
         return x.dim() == 2 and len(x) <= self.rows and x.shape[1] <= WIDEST and x.itemsize <= 4
 
     def all_reduce(

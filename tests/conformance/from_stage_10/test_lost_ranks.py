@@ -142,7 +142,10 @@ def test_a_caller_that_is_killed_or_interrupted(folder, number):
     package = Path(nanovllm.__path__[0]).parent
     command = [sys.executable, "-c", CALLER, str(folder), str(number)]
     environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    ran = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=100,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
+    )  # fmt: skip
     worker, *lengths = map(int, ran.stdout.split())
     assert are_gone([worker])
     if number == 2:
