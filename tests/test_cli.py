@@ -226,6 +226,12 @@ def test_bench_measures_an_earlier_stage():
     assert "output tokens/s" in ran.stdout
 
 
+def test_every_workload_can_be_asked_for():
+    from nanovllm.workloads import WORKLOADS
+
+    assert f"{{{','.join(WORKLOADS)}}}" in nanovllm("bench", "--help").stdout.replace("\n", "")
+
+
 def test_the_standard_workload_has_its_known_size():
     from nanovllm.bench import WORKLOADS
 
