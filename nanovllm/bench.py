@@ -106,17 +106,18 @@ def floor_seconds(llm: "LLM", prompts: list[list[int]], num_outputs: list[int]) 
     bytes may overlap, so the longer of the two counts. The rates are measured on this machine.
     """
     config, lm_head = llm.model_config, llm.model_runner.model.lm_head.weight
-    flops = read = 0
+    flops, read, head = 0, 0, config.vocab_size * config.hidden_size
     for prompt, num_output in zip(prompts, num_outputs, strict=True):
         num_tokens = len(prompt) + num_output - 1
         flops += layer_flops(config, num_tokens, num_tokens * (num_tokens + 1) // 2)
-        flops += 2 * lm_head.numel() * num_output
+        flops += 2 * head * num_output
         read += sum(range(len(prompt) + 1, num_tokens + 1))  # decode steps
     read *= kv_bytes_per_token(config, lm_head.element_size())
-    num_weights = layer_flops(config, 1, 0) // 2 + lm_head.numel()
+    num_weights = layer_flops(config, 1, 0) // 2 + head
     read += num_weights * lm_head.element_size() * max(num_outputs)
     bandwidth, flop_rate = ceilings(lm_head.device, lm_head.dtype)
-    return max(read / bandwidth, flops / flop_rate)
+    num_gpus = getattr(llm.config, "tensor_parallel_size", 1)  # an option of chapter 10
+    return max(read / bandwidth, flops / flop_rate) / num_gpus
 
 
 def layer_flops(config: "ModelConfig", num_tokens: int, num_pairs: int) -> int:

@@ -17,14 +17,11 @@ from random import Random
 
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM
 from nanovllm.bench import seconds, seconds_per_token, spread
 from nanovllm.workloads import SHAPES, WORKLOADS
 
-
-def params(max_tokens: int) -> SamplingParams:
-    """What all requests of the field's benchmark ask for."""
-    return SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=max_tokens)
+params = WORKLOADS["standard"].params  # what all requests of the field's benchmark ask for
 
 
 def rows(llm: LLM) -> dict[str, Callable[[], float]]:

@@ -130,8 +130,9 @@ def all_reduce(
     inboxes: [ranks] int64, addresses; counts: [rows of an inbox] int32; stop: [1] int32, not 0 to
     wait for nobody. `tags` or flags say that a row is there. Every rank gets the same bits.
     """
-    out, total, size = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
-    padded, pdl = triton.next_power_of_2(size), overlaps(x)
+    total, size, pdl = torch.empty_like(x), x.shape[-1], overlaps(x)
+    out = total if residual is None else torch.empty_like(x)
+    padded = triton.next_power_of_2(size)
     all_reduce_kernel[len(x),](
         out, total, x, x if residual is None else residual, x if weight is None else weight,
         inboxes, counts, stop, eps,
@@ -139,4 +140,4 @@ def all_reduce(
         TAGS=tags, NORM=residual is not None, PDL=pdl, launch_pdl=pdl,
         num_warps=min(max(padded // 512, 1), 8),
     )  # fmt: skip
-    return out if residual is not None else total, total
+    return out, total

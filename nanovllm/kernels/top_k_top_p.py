@@ -3,6 +3,7 @@
 import torch
 
 from nanovllm.kernels.jit import num_processors, overlaps, tl, triton, wait_for_inputs
+from nanovllm.kernels.sample import TINY
 
 
 @triton.jit
@@ -73,9 +74,6 @@ def drop_below(row, num_columns, first, ties, SHIFT: tl.constexpr, BLOCK: tl.con
         is_kept = (key > first) | ((is_tie > 0) & (rank <= ties)) | (x != x)  # a NaN is left
         tl.store(row + at, -float("inf"), mask=(there > 0) & (is_kept == 0))
         seen += tl.sum(is_tie, axis=0)
-
-
-TINY = tl.constexpr(2.0**-126)  # no temperature below it: its inverse would overflow
 
 
 @triton.jit

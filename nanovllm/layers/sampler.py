@@ -164,6 +164,7 @@ class Sampler(nn.Module):
                 parts = sample_parts(logits, heat, seeds, positions, first)
             else:
                 parts = sample_parts_torch(logits, sampling, first)
+            # As floats, of which each whole number below 2**24 is one.
             numbers = self.group.gather(torch.cat([part.float() for part in parts], dim=1))
             both = numbers.view(len(logits), self.group.size, 3, -1)
             highest, scores, tokens = (both[:, :, i].flatten(1).contiguous() for i in range(3))
