@@ -21,6 +21,9 @@ class SamplingParams:
     top_p: float = option(
         1.0, "sample among the likeliest tokens of total probability p", above=0, maximum=1
     )
+    min_p: float = option(
+        0.0, "drop tokens with less than this share of the likeliest one's", minimum=0, maximum=1
+    )
     seed: int | None = option(
         None,
         "same seed, same tokens, whatever else is in the batch: in float32 on a CPU; on a GPU in "

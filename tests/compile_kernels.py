@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 import nanovllm.kernels as package
 from nanovllm.kernels.add_rms_norm import add_rms_norm
 from nanovllm.kernels.all_reduce import all_reduce
+from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.decode_attention import paged_decode_attention
 from nanovllm.kernels.norm_rope_store import norm_rope_store
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
@@ -27,7 +28,6 @@ from nanovllm.kernels.sample import sample
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.kernels.small_linear import small_linear
 from nanovllm.kernels.store_kvcache import store_kvcache
-from nanovllm.kernels.top_k_top_p import keep_top_k_top_p_
 
 CAPABILITY = int(sys.argv[1])
 MULTIPROCESSORS, SHARED_MEMORY = {80: (108, 163 << 10), 90: (132, 227 << 10)}[CAPABILITY]
@@ -107,8 +107,9 @@ def layers(dtype: torch.dtype, hidden: int, heads: int, kv_heads: int, head_dim:
     sample(logits, torch.ones(3), ids, ids)
     resolve_tokens(ids, ids)
     for rows in (3, 600):
-        top_ks, ones = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
-        keep_top_k_top_p_(logits[:1].repeat(rows, 1), ones, top_ks, ones)
+        whole, ones = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+        draw, filters = (ones, whole, whole), (whole, ones, ones)
+        sample_filtered_(whole, logits[:1].repeat(rows, 1), draw, filters)
 
 
 def sums(dtype: torch.dtype, hidden: int, ranks: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,10 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from nanovllm.kernels import jit
+from nanovllm.kernels import candidates, jit
 from nanovllm.kernels.add_rms_norm import add_rms_norm, add_rms_norm_torch
 from nanovllm.kernels.all_reduce import all_reduce
+from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.decode_attention import paged_decode_attention
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
@@ -45,12 +47,11 @@ from nanovllm.kernels.sample import sample, sample_best, sample_parts
 from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_torch
 from nanovllm.kernels.small_linear import MAX_TOKENS, linear, small_linear
 from nanovllm.kernels.store_kvcache import store_kvcache
-from nanovllm.kernels.top_k_top_p import keep_top_k_top_p_
 from nanovllm.layers.attention import paged_attention
 from nanovllm.layers.sampler import (
     SamplingTensors,
     exponential_noise,
-    keep_top_k_top_p,
+    keep_likely,
     sample_torch,
 )
 
@@ -392,83 +393,95 @@ def test_a_batch_that_asks_for_more_counters_gets_its_own(num_counters):
 # Filters
 
 
-def kept(logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
-    """What the kernel leaves: a mask."""
-    found = guarded(logits)
+def drawn(logits: Tensor, draw: list[Tensor], filters: list[Tensor]) -> Tensor:
+    """The tokens that the kernels choose; -7 where nobody asks for a filter."""
+    token_ids, before = torch.full((len(logits),), -7, device=DEV), logits.clone()
+    on_device = guarded(logits)
     with kernels():
-        keep_top_k_top_p_(found, *(x.to(DEV) for x in (temperatures, top_ks, top_ps)))
-    mask, found = (found > -torch.inf).cpu(), found.cpu()
-    assert torch.equal(found[mask], logits[mask])
-    return mask
+        sample_filtered_(
+            token_ids, on_device, tuple(x.to(DEV) for x in draw), tuple(x.to(DEV) for x in filters)
+        )
+    assert torch.equal(bits(on_device.cpu()), bits(before))
+    return token_ids.cpu()
 
 
+def winners(scores: Tensor, noise: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor):
+    """The tokens that a sort in float64 finds; scores: [num_seqs, num_columns]"""
+    kept = keep_likely(scores, top_ks, top_ps, min_ps)
+    return (kept - noise.double().log()).argmax(dim=-1)
+
+
+@pytest.mark.parametrize("room", [2048, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_columns", [1, 100, 4096, 9000])
-def test_top_k_and_top_p_keep_what_a_sort_in_float64_keeps(num_columns, dtype):
-    """Ties too; of masses that all but reach the nucleus either answer is right."""
-    n = 24
-    logits = torch.randn(n, num_columns) * 4
+@pytest.mark.parametrize("num_columns", [1, 100, 5000])
+def test_filters_draw_what_a_sort_in_float64_draws(num_columns, dtype, room, monkeypatch):
+    """From candidates, and where there are too many from the whole row; ties too.
+
+    Of masses that all but reach the nucleus either answer is right.
+    """
+    monkeypatch.setattr(candidates, "ROOM", room)
+    kinds, n = 16, 16 * (40 if ON_GPU else 6)
+    logits = torch.randn(kinds, num_columns) * 3
     logits[::3] = logits[::3].round()
-    logits = logits.to(dtype)
-    heat = torch.rand(n) * 2 + 0.1
-    top_ks = torch.randint(0, num_columns + 2, (n,)) * (torch.rand(n) < 0.7)
-    top_ks[::4] = top_ks[::4].clamp(max=20)
-    top_ps = torch.rand(n).where(torch.rand(n) < 0.7, 1.0)
-    found, scores = kept(logits, heat, top_ks, top_ps), logits.double() / heat[:, None].double()
-    least, most = (
-        keep_top_k_top_p(scores, top_ks, top_ps.double() + edge * (top_ps < 1)) > -torch.inf
-        for edge in (-1e-5, 1e-5)
+    heat = torch.rand(kinds) * 2 + 0.1
+    top_ks = torch.randint(1, num_columns + 2, (kinds,)) * (torch.rand(kinds) < 0.7)
+    top_ks[::4] = 3
+    top_ps = torch.rand(kinds).where(torch.rand(kinds) < 0.7, 1.0)
+    min_ps = (torch.rand(kinds) * 0.3) * (torch.rand(kinds) < 0.3)
+    logits, heat, *filters = (
+        x[torch.arange(n) % kinds] for x in (logits.to(dtype), heat, top_ks, top_ps, min_ps)
     )
-    assert not (least & ~found).any() and not (found & ~most).any()
+    seeds, places = torch.randint(2**60, (n,)), torch.arange(n)
+    found = drawn(logits, [heat, seeds, places], filters)
+    asks = (filters[0] > 0) | (filters[1] < 1) | (filters[2] > 0)
+    scores = logits.double() / heat[:, None].double()
+    noise = exponential_noise(seeds, places, num_columns)
+    top_ps = filters[1].double()
+    right = [
+        winners(scores, noise, filters[0], top_ps + edge * (top_ps < 1), filters[2].double())
+        for edge in (-1e-5, 1e-5)
+    ]
+    wrong = (found != right[0]) & (found != right[1]) & asks
+    assert wrong.sum() <= 1  # two scores may be one but for rounding
+    assert (found[~asks] == -7).all()
 
 
 def test_filters_at_their_edges():
     inf = torch.inf
-    cases = [  # logits, top_k, top_p, kept
-        ([1.0, 3, 2, 3, 0], 1, 1.0, [1]),
-        ([1.0, 3, 2, 3, 0], 3, 1.0, [1, 2, 3]),
-        ([0.0, 0, 0, 0, -inf], 0, 0.5, [0, 1]),
-        ([0.0, 0, 0, 0, -inf], 3, 0.5, [0, 1]),
-        ([0.0, 2, 1, 1, 1], 0, 1e-45, [1]),
-        ([0.0, 2, 1, 1, 1], 2, 0.0, [1]),
-        ([-5.0, -2, -1, -1, -7], 2, 1.0, [2, 3]),
-        ([-inf, -inf, 4, -inf, -inf], 4, 0.99, [2]),
-        ([1e30, -1e30, 0, 0, 0], 0, 0.9, [0]),
-        ([-0.0, 0, -0.0, 0, 0], 2, 1.0, [0, 1]),
+    cases = [  # logits, top_k, top_p, min_p, kept
+        ([1.0, 3, 2, 3, 0], 1, 1.0, 0.0, [1]),
+        ([1.0, 3, 2, 3, 0], 3, 1.0, 0.0, [1, 2, 3]),
+        ([0.0, 0, 0, 0, -inf], 0, 0.5, 0.0, [0, 1]),
+        ([0.0, 0, 0, 0, -inf], 3, 0.5, 0.0, [0, 1]),
+        ([0.0, 2, 1, 1, 1], 0, 1e-45, 0.0, [1]),
+        ([0.0, 2, 1, 1, 1], 2, 0.0, 0.0, [1]),
+        ([-5.0, -2, -1, -1, -7], 2, 1.0, 0.0, [2, 3]),
+        ([-inf, -inf, 4, -inf, -inf], 4, 0.99, 0.0, [2]),
+        ([1e30, -1e30, 0, 0, 0], 0, 0.9, 0.0, [0]),
+        ([-0.0, 0, -0.0, 0, 0], 2, 1.0, 0.0, [0, 1]),
+        ([1.0, 2, 2, 0, 1.9], 0, 1.0, 0.8, [1, 2, 4]),
+        ([1.0, 2, 2, 0, 1.9], 0, 1.0, 1.0, [1, 2]),
+        ([1.0, 2, 2, 0, 1.9], 1, 1.0, 0.8, [1]),
+        ([1.0, 2, 2, 0, 1.9], 0, 0.5, 0.8, [1, 2]),
     ]
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = torch.tensor([case[0] for case in cases]).to(dtype)
-        found = logits.clone().to(DEV)
-        top_ks, top_ps = (torch.tensor([case[i] for case in cases]) for i in (1, 2))
-        with kernels():
-            keep_top_k_top_p_(found, torch.ones(10, device=DEV), top_ks.to(DEV), top_ps.to(DEV))
-        left = [row.ne(-inf).nonzero().flatten().tolist() for row in found.cpu()]
-        assert left == [case[3] for case in cases], dtype
+    draws = 64
+    for dtype, room in product((torch.float32, torch.bfloat16), (2048, 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(candidates, "ROOM", room)
+            for logits, *filters, kept in cases:
+                row = torch.tensor([logits]).to(dtype).repeat(draws, 1)
+                draw = [torch.ones(draws), torch.arange(draws), torch.arange(draws)]
+                found = drawn(row, draw, [torch.full((draws,), x) for x in filters])
+                assert sorted({*found.tolist()}) == kept, (dtype, room, logits, filters)
 
 
-def test_a_filter_leaves_every_nan():
+def test_a_filtered_row_with_a_nan_has_no_token():
     for nan in (torch.nan, -torch.nan):
-        logits = torch.randn(2, 50)
+        logits = torch.randn(3, 50)
         logits[0, 7] = logits[1, 49] = nan
-        with kernels():
-            found = keep_top_k_top_p_(
-                logits.to(DEV), torch.ones(2, device=DEV), torch.tensor([0, 3], device=DEV),
-                torch.tensor([0.5, 1.0], device=DEV),
-            ).cpu()  # fmt: skip
-        assert found[0, 7].isnan() and found[1, 49].isnan()
-
-
-def test_a_filter_and_the_sampler_draw_what_the_twin_draws():
-    n, num_columns = 40, 5000
-    logits, heat = torch.randn(n, num_columns) * 3, torch.rand(n) + 0.2
-    seeds, places = torch.randint(2**60, (n,)), torch.arange(n)
-    top_ks, top_ps = torch.randint(1, 50, (n,)), torch.rand(n) * 0.5 + 0.5
-    twin = SamplingTensors(heat, seeds, places, False, top_ks, top_ps, torch.arange(n))
-    found = guarded(logits)
-    with kernels():
-        keep_top_k_top_p_(found, *(x.to(DEV) for x in (heat, top_ks, top_ps)))
-        tokens = sample(found, *(x.to(DEV) for x in (heat, seeds, places)))
-    assert (tokens.cpu() != sample_torch(logits, twin)).sum() <= 1  # but for a nucleus's edge
+        filters = [torch.tensor([0, 3, 3]), torch.tensor([0.5, 1, 1]), torch.zeros(3)]
+        found = drawn(logits, [torch.ones(3), torch.arange(3), torch.arange(3)], filters)
+        assert found[:2].tolist() == [-1, -1] and found[2] >= 0
 
 
 # Caches in which 32 bits do not count the elements

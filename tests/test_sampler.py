@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nanovllm.layers import sampler
 from nanovllm.layers.sampler import (
@@ -10,7 +10,7 @@ from nanovllm.layers.sampler import (
     Sampler,
     SamplingTensors,
     exponential_noise,
-    keep_top_k_top_p,
+    keep_likely,
     key_words,
     mix32,
 )
@@ -34,8 +34,7 @@ def sampling(n: int, temperature=1.0, top_k=0, top_p=1.0) -> SamplingTensors:
     """n draws at n positions of one seed."""
     return SamplingTensors(
         temperatures=torch.full((n,), temperature),
-        top_ks=torch.full((n,), top_k),
-        top_ps=torch.full((n,), top_p),
+        filters=(torch.full((n,), top_k), torch.full((n,), top_p), torch.zeros(n)),
         seeds=torch.full((n,), 11),
         positions=torch.arange(n),
         all_greedy=temperature == 0,
@@ -201,8 +200,16 @@ def test_filter_keeps_what_transformers_keeps(top_k, top_p):
     expected = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    found = keep_top_k_top_p(logits, torch.full((8,), top_k), torch.full((8,), top_p))
+    found = keep_likely(logits, torch.full((8,), top_k), torch.full((8,), top_p), torch.zeros(8))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.5, 1.0])
+def test_min_p_keeps_what_transformers_keeps(min_p):
+    logits = torch.randn(8, 100, generator=torch.Generator().manual_seed(1))
+    none = torch.zeros(8, dtype=torch.int64), torch.ones(8)
+    found = keep_likely(logits, *none, torch.full((8,), min_p))
+    assert torch.equal(found, MinPLogitsWarper(min_p)(None, logits))
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-38, 1e-6, 1e6])
@@ -217,15 +224,15 @@ def test_extreme_temperatures_draw_real_tokens(temperature):
 def test_a_large_batch_is_filtered_part_by_part_to_the_same_tokens(monkeypatch):
     n = 2 * sampler.ROWS + 3
     logits, params = torch.randn(n, 200), sampling(n, temperature=0.9, top_k=20, top_p=0.8)
-    params.temperatures[::5], params.top_ks[::3] = 0, 0
+    params.temperatures[::5], params.filters[0][::3] = 0, 0
     params.filtered = params.temperatures.nonzero().flatten()
-    seen, keep = [], sampler.keep_top_k_top_p
+    seen, keep = [], sampler.keep_likely
 
     def counted(scores, *rest):
         seen.append(len(scores))
         return keep(scores, *rest)
 
-    monkeypatch.setattr(sampler, "keep_top_k_top_p", counted)
+    monkeypatch.setattr(sampler, "keep_likely", counted)
     in_parts = Sampler()(logits, params)
     assert max(seen) <= sampler.ROWS and sum(seen) == len(params.filtered)
     monkeypatch.setattr(sampler, "ROWS", n)

@@ -8,53 +8,67 @@ from typing import Any
 import torch
 
 from nanovllm.engine.memory import reserved_memory
-from nanovllm.engine.step_inputs import Inputs, Shape, Step
+from nanovllm.engine.step_inputs import Shape, Step
 
-MAX_PREFILL_SEQS = 8  # in a step with a prompt that is recorded
-PREFILL_SIZES = (64, 128, 256, 512, 1024, 2048)  # its tokens
+MAX_PROMPTS = 8  # in a step that is recorded
+PROMPT_SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)  # their tokens, without decodes
+MIXED_SIZES = (128, 512, 1024, 2048, 4096, 8192)  # beside decodes
+MIXED_DECODES = (32, 128)  # and as many as there may be
 
 
 def graph_shapes(max_num_tokens: int, max_num_seqs: int) -> list[Shape]:
     """The shapes of steps that are recorded, small ones first."""
-    rows = -(-max_num_seqs // 16) * 16
-    sizes = [n for n in (1, 2, 3, 4, 8, *range(16, rows + 1, 16)) if n <= rows]
-    prefills = [n for n in PREFILL_SIZES if n <= max_num_tokens]
-    return [Shape(n, n) for n in sizes] + [Shape(n, MAX_PREFILL_SEQS) for n in prefills]
-
-
-Ran = tuple[torch.Tensor, Inputs]  # hidden states, [num_seqs, hidden_size], and a step's inputs
+    most = -(-max_num_seqs // 16) * 16
+    sizes = 1, 2, 3, 4, 8, *range(16, min(most, 256) + 1, 16), *range(288, most + 16, 32)
+    shapes = [Shape(n, n, n) for n in sizes if n <= most]
+    if most not in sizes:
+        shapes.append(Shape(most, most, most))
+    shapes += [Shape(n, MAX_PROMPTS, 0) for n in PROMPT_SIZES if n <= max_num_tokens]
+    for rows in (*(n for n in MIXED_DECODES if n < most), most):
+        mixed = [n for n in MIXED_SIZES if n <= max_num_tokens]
+        shapes += [Shape(rows + n, rows + MAX_PROMPTS, rows) for n in mixed]
+    return sorted(shapes)
 
 
 @dataclass(slots=True)
 class Graph:
     """A step of some shape, recorded."""
 
-    graph: torch.cuda.CUDAGraph
-    ran: Ran  # the same memory at each replay
+    step: torch.cuda.CUDAGraph  # the model, and sampling without filters
+    filters: torch.cuda.CUDAGraph  # sampling once more, for the rows that ask
 
 
-def capture(run: Callable[[], Ran], pool: Any) -> Graph:
-    """Record what a step launches; other threads may go on using the GPU meanwhile."""
+def capture(run: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Record what a function launches; other threads may go on using the GPU meanwhile."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        ran = run()
-    return Graph(graph, ran)
+        returned = run()
+    return graph, returned
 
 
 class Graphs:
     """The recorded steps, by shape, small ones first. All share one pool of memory."""
 
-    def __init__(self, blank_step: Callable[[Shape], Step], execute: Callable[[Step], Ran]):
-        self.blank_step, self.execute = blank_step, execute
+    def __init__(
+        self,
+        blank_step: Callable[[Shape], Step],
+        execute: Callable[[Step], torch.Tensor],
+        resample: Callable[[Step, torch.Tensor], None],
+    ):
+        self.blank_step, self.execute, self.resample = blank_step, execute, resample
         self.recorded: dict[Shape, Graph] = {}
 
-    def run(self, step: Step) -> Ran:
+    def run(self, step: Step) -> None:
         """Run a step whose inputs are on the device: replayed, or kernel by kernel."""
         recorded = self.recorded.get(step.shape)
         if recorded is None:
-            return self.execute(step)
-        recorded.graph.replay()
-        return recorded.ran
+            logits = self.execute(step)
+            if step.filtered:
+                self.resample(step, logits)
+            return
+        recorded.step.replay()
+        if step.filtered:
+            recorded.filters.replay()
 
     def capture_all(self, shapes: list[Shape], pool: Any) -> None:
         """Record a step of each shape, the largest first: the others find room in what it took."""
@@ -64,16 +78,17 @@ class Graphs:
     @torch.inference_mode()
     def record(self, shape: Shape, pool: Any) -> Graph:
         """A step of this shape, all of it padding, run once and then recorded."""
-        run = partial(self.execute, self.blank_step(shape))
-        run()
-        return capture(run, pool)
+        step = self.blank_step(shape)
+        self.resample(step, self.execute(step))
+        graph, logits = capture(partial(self.execute, step), pool)
+        return Graph(graph, capture(partial(self.resample, step, logits), pool)[0])
 
     def estimate_bytes(self, shapes: list[Shape], device: torch.device) -> int:
         """About how much memory recording these shapes will take, from three of them."""
         if not shapes:
             return 0
         reserved, trial, pool = [reserved_memory(device)], [], torch.cuda.graph_pool_handle()
-        for shape in (shapes[-1], max(s for s in shapes if s.is_decode), shapes[0]):
+        for shape in (shapes[-1], max(shapes, key=lambda shape: shape.num_seqs), shapes[0]):
             trial.append(self.record(shape, pool))
             reserved.append(reserved_memory(device))
         each = reserved[3] - reserved[2]

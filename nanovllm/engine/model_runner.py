@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from nanovllm.config import Config, ModelConfig
-from nanovllm.engine.graphs import PREFILL_SIZES, Graphs, Ran, graph_shapes
+from nanovllm.engine.graphs import Graphs, graph_shapes
 from nanovllm.engine.memory import CPU_CACHE_BYTES, left_for_cache, reserved_memory, zeros
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import InputLayout, Inputs, Packer, Shape, Step
 from nanovllm.engine.warmup import warmup_steps
 from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.layers.attention import Attention, choose_backend
-from nanovllm.layers.sampler import Sampler, SamplingTensors, sample_rows
+from nanovllm.layers.sampler import Sampler, SamplingTensors
 from nanovllm.models import MODELS
 from nanovllm.parallel.group import get_group
 from nanovllm.utils.context import NUM_COUNTERS, Context, set_context
@@ -36,6 +36,13 @@ class Result:
         if self.done is not None:
             self.done.synchronize()
         return self.sampled.tolist()
+
+
+def sampling_of(inputs: Inputs, all_greedy: bool = False) -> SamplingTensors:
+    """How a step's tokens are to be chosen."""
+    draw = inputs["temperatures"], inputs["seeds"], inputs["lengths"]
+    filters = inputs["top_ks"], inputs["top_ps"], inputs["min_ps"]
+    return SamplingTensors(*draw, all_greedy, filters)
 
 
 class ModelRunner:
@@ -59,7 +66,7 @@ class ModelRunner:
             load_model(self.model, folder)
         self.sampler = Sampler()
         self.allocate_inputs(config)
-        self.graphs = Graphs(self.blank_step, self.execute)
+        self.graphs = Graphs(self.blank_step, self.execute, self.resample)
         self.step_bytes = self.graph_bytes = 0
         if self.on_gpu:
             self.warmup_model(config)
@@ -82,14 +89,14 @@ class ModelRunner:
             inputs["block_tables"],
             inputs["context_lens"],
             inputs["cu_seqlens"],
-            step.num_decodes,
+            step.shape.num_decodes,
             step.max_new,
             order=inputs["order"],
             counters=self.counters,
         )
         with set_context(context):
             hidden = self.model(inputs["input_ids"], inputs["positions"])
-        if step.num_decodes < len(context.block_tables):
+        if step.shape.num_decodes < step.shape.num_seqs:
             hidden = hidden[inputs["last"]]  # of each prompt
         return hidden
 
@@ -101,7 +108,7 @@ class ModelRunner:
     def exit(self) -> None:
         """Let go of model, cache and graphs, whoever still holds the runner; it can't run again."""
         del self.model, self.kv_cache
-        self.graphs = Graphs(self.blank_step, self.execute)
+        self.graphs = Graphs(self.blank_step, self.execute, self.resample)
 
     def allocate_kv_cache(self, config: Config) -> None:
         """The pool of `num_blocks` blocks, and how attention is to read it."""
@@ -157,21 +164,19 @@ class ModelRunner:
         """Bring a step to the device and let it run: replayed, or kernel by kernel."""
         with self.current_device():
             self.receive(step)
-            hidden, inputs = self.graphs.run(step)
-            self.resample(hidden, inputs, step.filtered)
+            self.graphs.run(step)
             return self.read_sampled(step.num_seqs)
 
     def receive(self, step: Step) -> None:
         """Bring a step's inputs to the device, into the buffer that all steps share."""
         self.input_buffer[: len(step.host)].copy_(step.host, non_blocking=True)
 
-    def execute(self, step: Step) -> Ran:
-        """Run the model and sample, on the inputs in the buffer. This is what a graph records."""
+    def execute(self, step: Step) -> torch.Tensor:
+        """Run the model and sample, on the inputs in the buffer, without filters; the logits."""
         inputs = step.layout.tensors(self.input_buffer)
         input_ids = resolve_tokens(inputs["input_ids"], self.sampled)
         hidden = self.forward(step, {**inputs, "input_ids": input_ids})
-        self.sample(hidden, inputs, step.all_greedy)
-        return hidden, inputs
+        return self.sample(hidden, sampling_of(inputs, step.all_greedy))
 
     def read_sampled(self, num_seqs: int) -> Result:
         """Ask for the step's tokens, to be read when they are there."""
@@ -183,27 +188,18 @@ class ModelRunner:
         done.record()
         return Result(sampled, done)
 
-    def sample(self, hidden: torch.Tensor, inputs: Inputs, all_greedy: bool) -> None:
-        """One token for each row of hidden, into `sampled`; nobody's is filtered."""
-        sampling = SamplingTensors(
-            inputs["temperatures"], inputs["seeds"], inputs["lengths"], all_greedy
-        )
+    def sample(self, hidden: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
+        """One token for each row of hidden, into `sampled`; nobody's is filtered. The logits."""
         logits, first = self.model.compute_logits(hidden), self.model.lm_head.first
-        self.sampled[: len(hidden)] = self.sampler(logits, sampling, first)
+        self.sampled[: len(hidden)] = self.sampler.choose(logits, sampling, first)
+        return logits
 
-    def resample(self, hidden: torch.Tensor, inputs: Inputs, filtered: list[int]) -> None:
-        """Another token, into `sampled`, for each of the rows that ask for top-k or top-p."""
-        if not filtered:
-            return
-        rows = self.tensor(filtered)
-        names = "temperatures", "seeds", "lengths", "top_ks", "top_ps"
-        heat, seeds, lengths, top_ks, top_ps = (inputs[name][rows] for name in names)
-        sampling = SamplingTensors(heat, seeds, lengths, False, top_ks, top_ps)
-        self.sampled[rows] = sample_rows(self.all_logits(hidden[rows]), sampling, keep=True)
-
-    def all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The logits of all ranks. hidden: [num_seqs, hidden_size] -> [num_seqs, vocab_size]"""
-        return self.sampler.group.gather(self.model.compute_logits(hidden))
+    def resample(self, step: Step, logits: torch.Tensor) -> None:
+        """Another token, into `sampled`, for each of the rows that ask for a filter."""
+        sampling = sampling_of(step.layout.tensors(self.input_buffer))
+        if not self.on_gpu:
+            sampling.filtered = self.tensor(step.filtered)
+        self.sampler.resample(self.sampled[: len(logits)], logits, sampling)
 
     def capture_cudagraph(self, shapes: list[Shape]) -> None:
         """Record a step of each shape: model, logits and sampling."""
@@ -232,9 +228,10 @@ class ModelRunner:
         """The buffer that each step's inputs are copied to, and the newest sampled tokens."""
         block_size = config.kvcache_block_size
         self.packer = Packer(block_size, -(-self.max_model_len // block_size), self.on_gpu)
-        rows = -(-self.max_num_seqs // 16) * 16
-        largest = Shape(max(self.max_num_tokens, rows, PREFILL_SIZES[-1]), rows)
-        num_bytes = InputLayout(largest, self.packer.max_blocks).num_bytes
+        shapes = graph_shapes(self.max_num_tokens, self.max_num_seqs)
+        tokens = max(self.max_num_tokens, *(shape.num_tokens for shape in shapes))
+        rows = max(shape.num_seqs for shape in shapes)
+        num_bytes = InputLayout(Shape(tokens, rows, rows), self.packer.max_blocks).num_bytes
         self.input_buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         self.sampled = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=self.device)

@@ -17,22 +17,24 @@ class Shape(NamedTuple):
 
     num_tokens: int
     num_seqs: int
+    num_decodes: int  # the sequences in front, which bring one token each
 
     @classmethod
     def of(cls, seqs: list[Sequence]) -> "Shape":
         """The size of the step that these sequences make."""
-        return cls(sum(seq.num_scheduled_tokens for seq in seqs), len(seqs))
+        counts = [seq.num_scheduled_tokens for seq in seqs]
+        return cls(sum(counts), len(seqs), counts.count(1))
 
     @property
-    def is_decode(self) -> bool:
-        """Does each sequence bring one token?"""
-        return self.num_tokens == self.num_seqs
+    def prompts(self) -> tuple[int, int]:
+        """How many tokens its prompts have, and how many prompts there are."""
+        return self.num_tokens - self.num_decodes, self.num_seqs - self.num_decodes
 
     def fits(self, other: "Shape") -> bool:
         """Can a step of this shape be padded to the other?"""
-        return all(a <= b for a, b in zip(self, other, strict=True)) and (
-            self.is_decode or not other.is_decode
-        )
+        own = self.prompts if other.num_decodes else self[:2]
+        fewer = all(a <= b for a, b in zip(own, other.prompts, strict=True))
+        return fewer and (self.num_decodes <= other.num_decodes or not other.num_decodes)
 
 
 DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
@@ -55,6 +57,7 @@ class InputLayout:
             "last": (np.int64, seqs, 0),  # which of the step's tokens is the sequence's last
             "temperatures": (np.float32, seqs, 0),
             "top_ps": (np.float32, seqs, 1),
+            "min_ps": (np.float32, seqs, 0),
             "context_lens": (np.int32, seqs, 0),
             "cu_seqlens": (np.int32, (shape.num_seqs + 1,), 0),
             "order": (np.int32, seqs, 0),  # the decodes, the longest first
@@ -87,17 +90,17 @@ class Step:
 
     shape: Shape  # with its padding
     num_seqs: int  # without
-    num_decodes: int  # the rows in front, which bring one token each
     max_new: int  # the most tokens that a sequence brings
     all_greedy: bool
-    filtered: list[int]  # the rows that ask for top-k or top-p
+    filtered: list[int]  # the rows that ask for top-k, top-p or min-p
     layout: InputLayout
     host: torch.Tensor  # the inputs as they lie in `layout`, [num_bytes] uint8
 
     def to_bytes(self) -> bytes:
         """The step as a message to another rank."""
-        numbers = self.shape, self.num_seqs, self.num_decodes, self.max_new
-        head = pickle.dumps((*numbers, self.all_greedy, self.filtered))
+        head = pickle.dumps(
+            (self.shape, self.num_seqs, self.max_new, self.all_greedy, self.filtered)
+        )
         return len(head).to_bytes(4, "little") + head + self.host.numpy().tobytes()
 
 
@@ -110,6 +113,13 @@ def scheduled_tokens(seqs: list[Sequence]) -> list[int]:
         input_ids += tokens
         input_ids += [0] * (count - len(tokens))  # those behind keep their places
     return input_ids
+
+
+def fill_tables(tables: np.ndarray, seqs: list[Sequence]) -> np.ndarray:
+    """Each sequence's blocks into a row of `tables`, which is returned; -1 stays behind them."""
+    for table, seq in zip(tables, seqs, strict=True):
+        table[: len(seq.block_table)] = seq.block_table
+    return tables
 
 
 def slot_mapping(
@@ -136,10 +146,9 @@ def prepare_decode(put: dict[str, np.ndarray], seqs: list[Sequence], block_size:
     position = np.array([seq.num_computed_tokens for seq in seqs], dtype=np.int64)
     put["input_ids"][:n] = scheduled_tokens(seqs)
     put["positions"][:n] = position
-    tables = put["block_tables"][:n]
+    tables = fill_tables(put["block_tables"][:n], seqs)
     put["slot_mapping"][:n] = slot_mapping(seqs, tables, row, position, block_size)
     put["context_lens"][:n] = position + 1
-    put["cu_seqlens"][1 : n + 1] = row + 1
 
 
 def prepare_prefill(
@@ -154,10 +163,12 @@ def prepare_prefill(
     tokens, rows = slice(first, first + len(row)), slice(first, first + len(seqs))
     put["input_ids"][tokens] = scheduled_tokens(seqs)
     put["positions"][tokens] = position
-    tables = put["block_tables"][rows]
+    tables = fill_tables(put["block_tables"][rows], seqs)
     put["slot_mapping"][tokens] = slot_mapping(seqs, tables, row, position, block_size)
     put["context_lens"][rows] = start + count
-    put["cu_seqlens"][first + 1 : first + 1 + len(seqs)] = first + stop
+    starts = put["cu_seqlens"]
+    starts[: first + 1], starts[first + 1 :] = np.arange(first + 1), first + len(row)
+    starts[first + 1 : first + 1 + len(seqs)] = first + stop
 
 
 HOTTEST = np.finfo(np.float32).max  # a higher temperature would be infinite on the device
@@ -171,6 +182,7 @@ def prepare_sample(put: dict[str, np.ndarray], seqs: list[Sequence]) -> None:
     put["temperatures"][:n] = np.minimum([p.temperature for p in params], HOTTEST)
     put["top_ks"][:n] = [p.top_k for p in params]
     put["top_ps"][:n] = [p.top_p for p in params]
+    put["min_ps"][:n] = [p.min_p for p in params]
 
 
 class Packer:
@@ -194,27 +206,26 @@ class Packer:
         put = layout.arrays(host.numpy())
         for name, (_, _, padding) in layout.fields.items():
             put[name].fill(padding)
-        for table, seq in zip(put["block_tables"], seqs, strict=False):
-            table[: len(seq.block_table)] = seq.block_table
-        n, counts = len(seqs), [seq.num_scheduled_tokens for seq in seqs]
-        num_decodes, max_new = counts.count(1), max(counts, default=shape.num_tokens)
+        n, first = len(seqs), shape.num_decodes
+        counts = [seq.num_scheduled_tokens for seq in seqs]
+        num_decodes = counts.count(1) if first else 0  # without any they count as prompts
         prepare_decode(put, seqs[:num_decodes], self.block_size)
-        prepare_prefill(put, seqs[num_decodes:], num_decodes, self.block_size)
+        prepare_prefill(put, seqs[num_decodes:], first, self.block_size)
         prepare_sample(put, seqs)
-        put["last"][:n] = put["cu_seqlens"][1 : n + 1] - 1
-        put["cu_seqlens"][n + 1 :] = sum(counts)
-        if shape.is_decode:
-            num_decodes = shape.num_seqs  # padding is a decode with nothing to see
-        put["order"][:num_decodes] = np.argsort(-put["context_lens"][:num_decodes])
+        put["last"][:num_decodes] = np.arange(num_decodes)
+        ends = put["cu_seqlens"][first + 1 : first + 1 + n - num_decodes]
+        put["last"][num_decodes:n] = ends - 1
+        put["order"][:first] = np.argsort(-put["context_lens"][:first])
         all_greedy = n > 0 and all(seq.params.temperature == 0 for seq in seqs)
         filtered = [row for row, seq in enumerate(seqs) if is_filtered(seq.params)]
-        return Step(shape, n, num_decodes, max_new, all_greedy, filtered, layout, host)
+        longest = max(counts, default=shape.prompts[0])
+        return Step(shape, n, longest, all_greedy, filtered, layout, host)
 
     def unpack(self, message: bytes) -> Step:
         """The step of a message; ready to be launched."""
         size = 4 + int.from_bytes(message[:4], "little")
-        shape, n, num_decodes, max_new, all_greedy, filtered = pickle.loads(message[4:size])
+        shape, n, max_new, all_greedy, filtered = pickle.loads(message[4:size])
         host = torch.frombuffer(bytearray(message[size:]), dtype=torch.uint8)
         host = host.pin_memory() if self.pin_memory else host
         layout = InputLayout(shape, self.max_blocks)
-        return Step(shape, n, num_decodes, max_new, all_greedy, filtered, layout, host)
+        return Step(shape, n, max_new, all_greedy, filtered, layout, host)

@@ -33,4 +33,3 @@ def warmup_steps(
     plain = blank(1, 1, SamplingParams())
     for rows in (*(1 << i for i in range((max_num_seqs - 1).bit_length())), max_num_seqs):
         yield [plain] * rows
-    yield [plain, blank(1, 1)][:max_num_seqs]  # a filter for some

@@ -1,13 +1,13 @@
 """From logits to token ids."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.jit import uses_triton
 from nanovllm.kernels.sample import Parts, sample, sample_best, sample_parts
-from nanovllm.kernels.top_k_top_p import keep_top_k_top_p_
 from nanovllm.parallel.group import get_group
 from nanovllm.sampling_params import SamplingParams
 
@@ -53,48 +53,53 @@ def exponential_noise(
     return -torch.log1p(-uniform.clamp(max=1 - 2.0**-24))  # float32 may have rounded it up to 1
 
 
-def keep_top_k_top_p(
-    logits: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor
+def keep_likely(
+    logits: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, min_ps: torch.Tensor
 ) -> torch.Tensor:
     """-inf for all but the k likeliest tokens, and of these all but the nucleus of mass p.
 
-    logits: [num_seqs, vocab_size]; top_ks: [num_seqs] int64, 0 for all; top_ps: [num_seqs]. Of
-    tokens that are equally likely the first ones in the vocabulary count as likelier.
+    logits: [num_seqs, vocab_size]; top_ks: [num_seqs] int64, 0 for all; top_ps, min_ps: [num_seqs].
+    Before all, tokens go that have less than min_p of the likeliest one's probability. Of tokens
+    that are equally likely the first ones in the vocabulary count as likelier.
     """
     logits, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
-    drop_k = (rank >= top_ks.unsqueeze(1)) & (top_ks > 0).unsqueeze(1)
-    probs = logits.masked_fill(drop_k, -torch.inf).softmax(dim=-1)
+    drop = (rank >= top_ks.unsqueeze(1)) & (top_ks > 0).unsqueeze(1)
+    drop |= (logits - logits[:, :1]).exp() < min_ps.unsqueeze(1)
+    probs = logits.masked_fill(drop, -torch.inf).softmax(dim=-1)
     mass_before = probs.cumsum(dim=-1) - probs
-    drop = drop_k | ((mass_before >= top_ps.unsqueeze(1)) & (top_ps < 1).unsqueeze(1))
+    drop |= (mass_before >= top_ps.unsqueeze(1)) & (top_ps < 1).unsqueeze(1)
     drop[:, 0] = False  # the likeliest token stays, also where top_p is so small that it is 0
     return torch.empty_like(logits).scatter_(1, order, logits.masked_fill(drop, -torch.inf))
 
 
 def is_filtered(params: SamplingParams) -> bool:
-    """Can top-k or top-p change what is drawn? The likeliest token passes every filter."""
-    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1)
+    """Can a filter change what is drawn? The likeliest token passes each of them."""
+    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
 
 
 @dataclass(slots=True)
 class SamplingTensors:
-    """A batch's sampling parameters; each tensor but the last is [num_seqs]."""
+    """A batch's sampling parameters; each tensor but the last is [num_seqs].
+
+    filters: top_ks, int64, top_ps and min_ps, float32.
+    """
 
     temperatures: torch.Tensor
     seeds: torch.Tensor
     positions: torch.Tensor  # index that the sampled token will have in its sequence
     all_greedy: bool
-    top_ks: torch.Tensor | None = None
-    top_ps: torch.Tensor | None = None
-    filtered: torch.Tensor | None = None  # int64: the rows that ask for top-k or top-p, if any
+    filters: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    filtered: torch.Tensor | None = None  # int64: the rows that ask for one of these, if any
 
-    def rows(
-        self, rows: slice | torch.Tensor, filtered: torch.Tensor | None = None
-    ) -> "SamplingTensors":
+    def rows(self, rows: torch.Tensor, filtered: torch.Tensor | None) -> "SamplingTensors":
         """The parameters of some rows, of which those at `filtered` ask for a filter."""
-        names = ("temperatures", "seeds", "positions", "top_ks", "top_ps")
-        parts = {name: x[rows] for name in names if (x := getattr(self, name)) is not None}
-        return replace(self, **parts, filtered=filtered)
+        draw = self.temperatures[rows], self.seeds[rows], self.positions[rows]
+        filters = None
+        if self.filters is not None:
+            top_ks, top_ps, min_ps = self.filters
+            filters = top_ks[rows], top_ps[rows], min_ps[rows]
+        return SamplingTensors(*draw, self.all_greedy, filters, filtered)
 
 
 def sample_torch(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
@@ -111,29 +116,10 @@ def sample_torch(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tenso
     scores = logits.float() - best.unsqueeze(1)
     scores = scores / sampling.temperatures.clamp(min=2.0**-126).unsqueeze(1)
     if (rows := sampling.filtered) is not None:
-        assert sampling.top_ks is not None and sampling.top_ps is not None
-        top_ks, top_ps = sampling.top_ks[rows], sampling.top_ps[rows]
-        scores[rows] = keep_top_k_top_p(scores[rows], top_ks, top_ps)
+        assert sampling.filters is not None
+        scores[rows] = keep_likely(scores[rows], *(x[rows] for x in sampling.filters))
     noise = exponential_noise(sampling.seeds, sampling.positions, logits.shape[-1])
     return torch.where(is_greedy, greedy, (scores - noise.log()).argmax(dim=-1))
-
-
-ROWS = 64  # at a time, for a sort takes more than ten bytes of memory for each byte of logits
-
-
-def sample_rows(logits: torch.Tensor, sampling: SamplingTensors, keep: bool) -> torch.Tensor:
-    """One token a row; with `keep`, of what top-k and top-p leave: logits may be overwritten."""
-    if uses_triton(logits):
-        draw = sampling.temperatures, sampling.seeds, sampling.positions
-        if keep:
-            assert sampling.top_ks is not None and sampling.top_ps is not None
-            keep_top_k_top_p_(logits, draw[0], sampling.top_ks, sampling.top_ps)
-        return sample(logits, *draw)
-    token_ids = []
-    for rows in torch.arange(len(logits), device=logits.device).split(ROWS):
-        part = sampling.rows(rows, torch.arange(len(rows), device=rows.device) if keep else None)
-        token_ids.append(sample_torch(logits[rows], part))
-    return torch.cat(token_ids)
 
 
 class Sampler(nn.Module):
@@ -149,19 +135,33 @@ class Sampler(nn.Module):
         """Everybody is sampled without a filter, and the rows that ask for one once more.
 
         logits: [num_seqs, num_columns], the columns from `first` of the vocabulary on ->
-        token_ids: [num_seqs] int64, -1 where there is a NaN. A filter needs all columns.
+        token_ids: [num_seqs] int64, -1 where there is a NaN.
         """
         token_ids = self.choose(logits, sampling, first)
-        if (rows := sampling.filtered) is not None:
-            token_ids[rows] = sample_rows(logits[rows], sampling.rows(rows), keep=True)
+        if sampling.filtered is not None:
+            self.resample(token_ids, logits, sampling)
         return token_ids
 
-    def choose(self, logits: torch.Tensor, sampling: SamplingTensors, first: int) -> torch.Tensor:
+    def resample(
+        self, token_ids: torch.Tensor, logits: torch.Tensor, sampling: SamplingTensors
+    ) -> None:
+        """Overwrite the tokens of the rows that ask for a filter, which needs all ranks' logits."""
+        assert sampling.filters is not None
+        logits = self.group.gather(logits)
+        if uses_triton(logits):
+            draw = sampling.temperatures, sampling.seeds, sampling.positions
+            sample_filtered_(token_ids, logits, draw, sampling.filters)
+        elif (rows := sampling.filtered) is not None:
+            token_ids[rows] = sample_in_turn(logits, sampling, rows, keep=True)
+
+    def choose(
+        self, logits: torch.Tensor, sampling: SamplingTensors, first: int = 0
+    ) -> torch.Tensor:
         """One token for each row, and nobody's is filtered."""
-        heat, seeds, positions = sampling.temperatures, sampling.seeds, sampling.positions
+        draw = sampling.temperatures, sampling.seeds, sampling.positions
         if self.group.size > 1:
             if uses_triton(logits):
-                parts = sample_parts(logits, heat, seeds, positions, first)
+                parts = sample_parts(logits, *draw, first)
             else:
                 parts = sample_parts_torch(logits, sampling, first)
             # As floats, of which each whole number below 2**24 is one.
@@ -169,8 +169,25 @@ class Sampler(nn.Module):
             both = numbers.view(len(logits), self.group.size, 3, -1)
             highest, scores, tokens = (both[:, :, i].flatten(1).contiguous() for i in range(3))
             best = sample_best if uses_triton(logits) else sample_best_torch
-            return best((highest, scores, tokens.int()), heat)
-        return sample_rows(logits, sampling, keep=False)
+            return best((highest, scores, tokens.int()), draw[0])
+        if uses_triton(logits):
+            return sample(logits, *draw)
+        rows = torch.arange(len(logits), device=logits.device)
+        return sample_in_turn(logits, sampling, rows, keep=False)
+
+
+ROWS = 64  # at a time, for a sort takes more than ten bytes of memory for each byte of logits
+
+
+def sample_in_turn(
+    logits: torch.Tensor, sampling: SamplingTensors, rows: torch.Tensor, keep: bool
+) -> torch.Tensor:
+    """`sample_torch` for some rows, [len(rows)], ROWS at a time; with `keep`, filtered."""
+    token_ids = []
+    for some in rows.split(ROWS):
+        part = sampling.rows(some, torch.arange(len(some), device=some.device) if keep else None)
+        token_ids.append(sample_torch(logits[some], part))
+    return torch.cat(token_ids)
 
 
 def sample_parts_torch(logits: torch.Tensor, sampling: SamplingTensors, first: int) -> Parts:

@@ -6,7 +6,7 @@ The kernels run in Triton's interpreter, which is slow: a small model, few reque
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from memory import check_empty, make_seq
 from replaying import record, replays
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import graphs
 from nanovllm.engine.model_runner import ModelRunner, Result
 from nanovllm.engine.step_inputs import Shape
 from nanovllm.kernels.jit import interpreted
@@ -74,13 +75,13 @@ def expected(folder) -> list[list[int]]:
 def test_replays_give_the_tokens_of_steps_that_are_not_recorded(llm, expected):
     """Prompts, then fewer and fewer decodes, which are padded; filtered and not."""
     assert tokens(llm, PROMPTS, PARAMS) == expected
-    assert replays(llm) == {(24, 8): 1, (8, 8): 1, (4, 4): 1, (3, 3): 1, (1, 1): 1}
+    assert replays(llm) == {(24, 8, 0): 1, (8, 8, 8): 1, (4, 4, 4): 1, (3, 3, 3): 1, (1, 1, 1): 1}
 
 
 def test_a_short_prompt_is_not_taken_for_decodes(llm, expected):
     """Its three tokens would fit into a recorded step of three sequences."""
     assert tokens(llm, PROMPTS[:1], PARAMS[0]) == expected[:1]
-    assert replays(llm) == {(12, 8): 1, (1, 1): 4}
+    assert replays(llm) == {(12, 8, 0): 1, (1, 1, 1): 4}
 
 
 def test_a_filter_holds_after_a_replay(llm):
@@ -120,18 +121,52 @@ def test_a_padded_replay_writes_only_its_own_slots(llm, monkeypatch):
     monkeypatch.setattr(llm.model_runner, "run", watched)
     replays(llm)
     tokens(llm, PROMPTS, PARAMS)
-    assert replays(llm) == {(24, 8): 1, (8, 8): 1, (4, 4): 1, (3, 3): 1, (1, 1): 1}
+    assert replays(llm) == {(24, 8, 0): 1, (8, 8, 8): 1, (4, 4, 4): 1, (3, 3, 3): 1, (1, 1, 1): 1}
+
+
+def shapes(most: int) -> list[Shape]:
+    """All small ones: of decodes, of prompts of two tokens or more, of both."""
+    found = product(range(most + 1), range(1, most), range(most))
+    return [
+        Shape(tokens, seqs, decodes)
+        for tokens, seqs, decodes in found
+        if decodes <= seqs and (tokens - decodes >= 2 * (seqs - decodes))
+        if seqs > decodes or tokens == decodes
+    ]
 
 
 def test_what_is_padded_does_what_it_did():
-    """It gets more rows and tokens, and one token a row where, and only where, it has that."""
-    for step, other in product(map(Shape._make, product(range(1, 9), repeat=2)), repeat=2):
-        if step.num_tokens < step.num_seqs or other.num_tokens < other.num_seqs:
-            continue  # each row has a token
-        is_larger = other.num_tokens >= step.num_tokens and other.num_seqs >= step.num_seqs
-        each_has_one = step.num_tokens == step.num_seqs
-        allowed = is_larger and (each_has_one or other.num_tokens > other.num_seqs)
+    """A decode has a decode's place, or a prompt's where there is no other kind; none is left."""
+    for step, other in product(shapes(7), repeat=2):
+        places = other.num_seqs - other.num_decodes, other.num_tokens - other.num_decodes
+        rest = step.num_seqs - step.num_decodes, step.num_tokens - step.num_decodes
+        side_by_side = step.num_decodes <= other.num_decodes
+        side_by_side &= rest[0] <= places[0] and rest[1] <= places[1]
+        as_prompts = step.num_seqs <= places[0] and step.num_tokens <= places[1]
+        allowed = side_by_side or (as_prompts and other.num_decodes == 0)
         assert step.fits(other) == allowed, (step, other)
+
+
+def test_prompts_beside_decodes_are_replayed(folder, monkeypatch):
+    """One request after the other comes while others decode: with the tokens of each alone."""
+    prompts = random_prompts((3, 5, 4, 6, 1), TINY["vocab_size"], seed=91)
+    options = dict(max_num_seqs=8, num_kvcache_blocks=12, kvcache_block_size=SIZE)
+    monkeypatch.setattr(graphs, "MAX_PROMPTS", 2)
+    monkeypatch.setattr(graphs, "MIXED_DECODES", (3,))
+    with interpreted():
+        llm = LLM(folder, device="cpu", dtype="float32", attention_backend="triton", **options)
+        record(llm, sizes=(4,), mixed=(6,))
+        streams = [llm.stream(prompt, p) for prompt, p in zip(prompts, PARAMS, strict=True)]
+        found = [[] for _ in streams]
+        for started in (2, 3, 4, 5, 5, 5, 5, 5, 5):
+            for ids, stream in list(zip(found, streams, strict=True))[:started]:
+                for piece in islice(stream, 1):
+                    ids += piece["token_ids"]
+        check_empty(llm)
+        assert {(4, 2, 0), (9, 5, 3)} <= replays(llm).keys()
+    alone = LLM(folder, device="cpu", dtype="float32")
+    expected = [tokens(alone, [x], p)[0] for x, p in zip(prompts, PARAMS, strict=True)]
+    assert found == expected
 
 
 @pytest.mark.parametrize("victim", range(3))
@@ -142,7 +177,7 @@ def test_a_row_without_its_tokens_leaves_the_others_in_place(folder, victim):
     for seq in seqs:
         seq.num_computed_tokens, seq.num_scheduled_tokens = len(seq) - 1, 1
     del seqs[victim].token_ids[-1]
-    step = runner.packer.pack(seqs, Shape(4, 4))
+    step = runner.packer.pack(seqs, Shape(4, 4, 4))
     expected = [0 if row == victim else -1 - row for row in range(3)] + [0]
     runner.receive(step)
     assert step.layout.tensors(runner.input_buffer)["input_ids"].tolist() == expected

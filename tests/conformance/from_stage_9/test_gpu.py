@@ -124,20 +124,20 @@ class Counted:
 def count_replays(llm: LLM) -> dict:
     """For each recorded shape the graph in its place, which counts from now on."""
     for recorded in llm.model_runner.graphs.recorded.values():
-        recorded.graph = Counted(recorded.graph)
-    return {shape: recorded.graph for shape, recorded in llm.model_runner.graphs.recorded.items()}
+        recorded.step = Counted(recorded.step)
+    return {shape: recorded.step for shape, recorded in llm.model_runner.graphs.recorded.items()}
 
 
 def test_steps_are_replayed_where_they_are_recorded():
     """A prompt and then decodes, each of the smallest shape that holds it."""
     with on_gpu(max_num_seqs=40) as llm:
         graphs = count_replays(llm)
-        assert max(shape.num_seqs for shape in graphs if shape.is_decode) == 48
+        assert max(shape.num_decodes for shape in graphs) == 48
         for number in (1, 3, 5, 40):
             tokens(llm, random_prompts((4,) * number, 1536), greedy(6))
             used = {tuple(shape): graph.num_replays for shape, graph in graphs.items()}
             size = {1: 1, 3: 3, 5: 8, 40: 48}[number]
-            assert used[size, size] >= 5, used
+            assert used[size, size, size] >= 5, used
             for graph in graphs.values():
                 graph.num_replays = 0
     with on_gpu(max_num_seqs=40, enforce_eager=True) as llm:
