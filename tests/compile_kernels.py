@@ -10,6 +10,7 @@ import importlib
 import json
 import pkgutil
 import sys
+from itertools import product
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -101,8 +102,9 @@ def layers(dtype: torch.dtype, hidden: int, heads: int, kv_heads: int, head_dim:
         norm_rope_store(qkv, one, one, 1e-6, slots, angles, *caches, slots)
         norm_rope_store(qkv, None, None, 0.0, slots, angles, *caches, slots)
     for silu in (False, True):
-        weight = torch.zeros(3 * hidden, hidden, dtype=dtype)
-        small_linear(torch.zeros(2, hidden, dtype=dtype), weight, silu)
+        for size, n in product((1024, 3 * hidden), (1, 2, 16)):
+            weight = torch.zeros(64, size, dtype=dtype)
+            small_linear(torch.zeros(n, size, dtype=dtype), weight, silu)
     ids, logits = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 5000, dtype=dtype)
     sample(logits, torch.ones(3), ids, ids)
     resolve_tokens(ids, ids)

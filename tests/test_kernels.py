@@ -36,6 +36,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from nanovllm.kernels import candidates, jit
+from nanovllm.kernels import small_linear as small_linear_module
 from nanovllm.kernels.add_rms_norm import add_rms_norm, add_rms_norm_torch
 from nanovllm.kernels.all_reduce import all_reduce
 from nanovllm.kernels.candidates import sample_filtered_
@@ -45,7 +46,7 @@ from nanovllm.kernels.prefill_attention import paged_prefill_attention
 from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.kernels.sample import sample, sample_best, sample_parts
 from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_torch
-from nanovllm.kernels.small_linear import MAX_TOKENS, linear, small_linear
+from nanovllm.kernels.small_linear import is_small, linear, small_linear
 from nanovllm.kernels.store_kvcache import store_kvcache
 from nanovllm.layers.attention import paged_attention
 from nanovllm.layers.sampler import (
@@ -159,15 +160,21 @@ def test_silu_of_large_numbers():
     torch.testing.assert_close(found.cpu(), silu_and_mul_torch(x), rtol=1e-6, atol=1e-30)
 
 
+SIZES = [(1, 1), (8, 16), (13, 96), (131, 1000), (7, 5000)]
+
+
 @each_dtype
 @pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
-@pytest.mark.parametrize("num_tokens", range(1, MAX_TOKENS + 1))
-@pytest.mark.parametrize("rows, size", [(1, 1), (8, 16), (13, 96), (131, 1000), (7, 5000)])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 9, 16])
+@pytest.mark.parametrize("rows, size", SIZES)
 def test_small_linear(rows, size, num_tokens, silu, dtype):
     """A sum is measured by the size of its addends too: these may cancel out."""
     x, scale = randn(num_tokens, size, dtype=dtype), 1.0 if not silu else size**-0.5
     weight = randn(rows * (2 if silu else 1), size, dtype=dtype, scale=scale)
     with kernels():
+        if not is_small(x, weight):
+            assert dtype == torch.float32 and num_tokens > 3
+            return
         found = small_linear(x, weight, silu)
     measure = 2.0 if silu else size**0.5
     expected = torch.nn.functional.linear(*exact(x, weight))
@@ -175,8 +182,17 @@ def test_small_linear(rows, size, num_tokens, silu, dtype):
     check(padded(found, measure), padded(expected, measure), factor=3 if silu else 1)
 
 
+@pytest.mark.parametrize("num_tokens", [2, 3])
+def test_a_heavy_matrix_is_taken_token_by_token(num_tokens, monkeypatch):
+    monkeypatch.setattr(small_linear_module, "LIGHT", 12 * 96)
+    x, weight = (randn(n, 96, dtype=DTYPES[1]) for n in (num_tokens, 13))
+    with kernels():
+        check(linear(x, weight), torch.nn.functional.linear(*exact(x, weight)), factor=96)
+        assert not is_small(randn(4, 96, dtype=DTYPES[1]), weight)
+
+
 @each_dtype
-@pytest.mark.parametrize("num_tokens", [1, MAX_TOKENS, MAX_TOKENS + 1])
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 17])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
 def test_linear_of_any_number_of_tokens(has_bias, num_tokens, dtype):
     x, weight, bias = (randn(*shape, dtype=dtype) for shape in ((num_tokens, 96), (13, 96), (13,)))

@@ -1,5 +1,6 @@
 """Runs the model: sequences in, one new token for each out."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
@@ -12,8 +13,9 @@ from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.graphs import Graphs, graph_shapes
 from nanovllm.engine.memory import CPU_CACHE_BYTES, left_for_cache, reserved_memory, zeros
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_inputs import InputLayout, Inputs, Packer, Shape, Step
+from nanovllm.engine.step_inputs import InputLayout, Inputs, Packer, Shape, Step, sampling_of
 from nanovllm.engine.warmup import warmup_steps
+from nanovllm.kernels.jit import compiled_together
 from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.layers.attention import Attention, choose_backend
 from nanovllm.layers.sampler import Sampler, SamplingTensors
@@ -36,13 +38,6 @@ class Result:
         if self.done is not None:
             self.done.synchronize()
         return self.sampled.tolist()
-
-
-def sampling_of(inputs: Inputs, all_greedy: bool = False) -> SamplingTensors:
-    """How a step's tokens are to be chosen."""
-    draw = inputs["temperatures"], inputs["seeds"], inputs["lengths"]
-    filters = inputs["top_ks"], inputs["top_ps"], inputs["min_ps"]
-    return SamplingTensors(*draw, all_greedy, filters)
 
 
 class ModelRunner:
@@ -143,6 +138,7 @@ class ModelRunner:
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_reserved(self.device)
         sizes = self.max_num_tokens, self.max_num_seqs, self.max_model_len, self.block_size
+        self.compile_kernels(warmup_steps(*sizes))
         for seqs in warmup_steps(*sizes):
             self.launch(self.pack(seqs)).token_ids()
         self.step_bytes = torch.cuda.max_memory_reserved(self.device) - before
@@ -223,6 +219,17 @@ class ModelRunner:
     def current_device(self) -> AbstractContextManager:
         """Make the device the current one of CUDA, for the length of a `with`."""
         return torch.cuda.device(self.device) if self.on_gpu else nullcontext()
+
+    @torch.inference_mode()
+    def compile_kernels(self, steps: Iterable[list[Sequence]]) -> None:
+        """Go through all that these steps launch, while launching is compiling."""
+        with self.current_device(), compiled_together():
+            for seqs in steps:
+                step = self.pack(seqs)
+                self.receive(step)
+                inputs = step.layout.tensors(self.input_buffer)
+                logits = self.sample(self.forward(step, inputs), sampling_of(inputs))
+                self.resample(step, logits)
 
     def allocate_inputs(self, config: Config) -> None:
         """The buffer that each step's inputs are copied to, and the newest sampled tokens."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.sampler import is_filtered
+from nanovllm.layers.sampler import SamplingTensors, is_filtered
 
 
 class Shape(NamedTuple):
@@ -183,6 +183,13 @@ def prepare_sample(put: dict[str, np.ndarray], seqs: list[Sequence]) -> None:
     put["top_ks"][:n] = [p.top_k for p in params]
     put["top_ps"][:n] = [p.top_p for p in params]
     put["min_ps"][:n] = [p.min_p for p in params]
+
+
+def sampling_of(inputs: Inputs, all_greedy: bool = False) -> SamplingTensors:
+    """How the tokens of a step with these inputs are to be chosen."""
+    draw = inputs["temperatures"], inputs["seeds"], inputs["lengths"]
+    filters = inputs["top_ks"], inputs["top_ps"], inputs["min_ps"]
+    return SamplingTensors(*draw, all_greedy, filters)
 
 
 class Packer:

@@ -33,3 +33,6 @@ def warmup_steps(
     plain = blank(1, 1, SamplingParams())
     for rows in (*(1 << i for i in range((max_num_seqs - 1).bit_length())), max_num_seqs):
         yield [plain] * rows
+    for length in (2, 16):  # prompts so short that linear layers treat them as decodes
+        if length <= min(max_num_tokens, max_model_len):
+            yield [blank(length, length)]

@@ -1,10 +1,13 @@
 """Triton, and the question where a kernel runs."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,6 +58,11 @@ def overlaps(x: torch.Tensor) -> bool:
     return x.is_cuda and capability(x.device) >= (9, 0)
 
 
+def is_hopper(x: torch.Tensor) -> bool:
+    """Is this on a GPU of the generation of H100 and H200, which has instructions of its own?"""
+    return x.is_cuda and capability(x.device) == (9, 0)
+
+
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
     """The generation of a GPU; a launch is too short to ask each time."""
@@ -80,3 +88,26 @@ def wait_for_inputs(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+_compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
+_lock = Lock()  # what a launch does is replaced for the whole process
+
+
+@contextmanager
+def compiled_together() -> Iterator[None]:
+    """Kernels that this thread launches are compiled side by side, and none of them runs."""
+    function = import_module("triton.runtime.jit").JITFunction
+    launch = function.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return launch(self, *args, grid=grid, warmup=warmup or _compiles_only.get(), **kwargs)
+
+    with _lock, ThreadPoolExecutor() as pool:
+        function.run, token = run, _compiles_only.set(True)
+        try:
+            with triton.AsyncCompileMode(pool):
+                yield
+        finally:
+            _compiles_only.reset(token)
+            function.run = launch

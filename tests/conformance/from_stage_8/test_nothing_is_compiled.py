@@ -85,6 +85,10 @@ def test_no_step_needs_what_the_warm_up_left_out(monkeypatch, folder, dtype, opt
         for number in (1, 2, 3, 5, 7, 13, 2 * most):
             llm.generate(*mixture(random, number, longest), use_tqdm=False)
         llm.generate([[7]] * most, SamplingParams(max_tokens=2), use_tqdm=False)  # all at once
+        for length in (2, 16):  # a short prompt by itself
+            llm.generate(
+                [[8] * min(length, longest - 1)], SamplingParams(max_tokens=1), use_tqdm=False
+            )
         llm.exit()
     assert found <= known, f"compiled while serving: {sorted(map(str, found - known))}"
     if not is_recorded:
