@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench", help="measure the engine on the standard workload", allow_abbrev=False
     )
-    names = "standard", "small", "sampled", "long", "few"
+    names = "standard", "small", "sampled", "long", "few", "arrivals"
     bench.add_argument("--workload", choices=names, help="default: by device")
     bench.add_argument("--shape", metavar="NAME", help="random weights of a size: qwen3-0.6b, …")
     bench.add_argument("--stage", type=int, metavar="K", help="measure the engine of chapter K")

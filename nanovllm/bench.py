@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nanovllm.latency import latencies
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.workloads import SHAPES, WORKLOADS, Workload
 
@@ -73,6 +74,7 @@ def measure(llm: "LLM", workload: Workload, repeats: int) -> dict:
         "time_to_first_token_ms": 1000 * first_token["median"],
         "single_stream_tokens_per_s": 1 / stream["median"],
         "peak_memory_bytes": peak_memory(llm),
+        "latency_ms": latencies(llm, prompts, params, workload.rate) if workload.rate else {},
         "seconds": dict(workload=total, prefill=prefill, first_token=first_token, token=stream),
     }
 
@@ -226,6 +228,7 @@ def table(figures: dict) -> str:
         ),
         (f"first token after {single_len}, ms", f"{figures['time_to_first_token_ms']:.1f}"),
         (f"one stream of {single_out}, tokens/s", f"{figures['single_stream_tokens_per_s']:,.0f}"),
+        *((f"{name}, ms", f"{value:.1f}") for name, value in figures["latency_ms"].items()),
         ("engine built in, seconds", f"{figures['construct_s']:.1f}"),
         ("peak memory, GB", f"{figures['peak_memory_bytes'] / 1e9:.2f}"),
     ]

@@ -50,6 +50,7 @@ class Workload:
     single: tuple[int, int]  # prompt tokens, output tokens
     top_k: int = 0
     top_p: float = 1.0
+    rate: float = 0.0  # requests a second, at random times; 0: all at once
 
     def params(self, max_tokens: int) -> SamplingParams:
         """What a request of so many tokens asks for."""
@@ -82,4 +83,6 @@ WORKLOADS = {
     # Long prompts, and a handful of short ones.
     "long": Workload(16, (16384, 16384), (256, 256), prefill=(1, 16384), single=(16384, 256)),
     "few": Workload(4, (128, 128), (256, 256), prefill=(4, 128), single=(128, 256)),
+    # People who come one after the other, twenty in a second.
+    "arrivals": Workload(240, (50, 1000), (50, 400), (4, 512), (512, 256), rate=20),
 }

@@ -2,6 +2,8 @@
 
 from nanovllm.kernels.jit import tl, triton
 
+LOG2_E = 1.4426950408889634  # exp(x) is 2 ** (LOG2_E * x)
+
 
 @triton.jit
 def tile_slots(table, at, stop, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):

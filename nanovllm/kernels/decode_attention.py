@@ -2,7 +2,7 @@
 
 import torch
 
-from nanovllm.kernels.attention_tile import take_scores, tile_slots
+from nanovllm.kernels.attention_tile import LOG2_E, take_scores, tile_slots
 from nanovllm.kernels.jit import num_processors, overlaps, tl, triton, wait_for_inputs
 
 
@@ -150,9 +150,6 @@ def room_for_parts(
     if counters is None or len(counters) < rows:
         counters = q.new_zeros(rows, dtype=torch.int32)
     return partial, lse, counters
-
-
-LOG2_E = 1.4426950408889634
 
 
 def launch_decode(

@@ -2,7 +2,7 @@
 
 import torch
 
-from nanovllm.kernels.attention_tile import take_scores, tile_slots
+from nanovllm.kernels.attention_tile import LOG2_E, take_scores, tile_slots
 from nanovllm.kernels.jit import overlaps, tl, triton, wait_for_inputs
 from nanovllm.kernels.prefill_hopper import prefill_hopper, takes_hopper
 
@@ -85,7 +85,6 @@ def prefill_kernel(
         tl.store(out + q_row, mean.to(out.dtype.element_ty), mask=is_new)
 
 
-LOG2_E = 1.4426950408889634
 BLOCK_M = 64  # query rows in a program
 
 
@@ -109,18 +108,14 @@ def paged_prefill_attention(
     max_blocks]; context_lens, cu_seqlens: int32. The sequences before `first_seq` are left out.
     (A slice would do that too, but a kernel is compiled anew for an address aligned otherwise.)
     """
-    out, pdl, scale = torch.empty_like(q) if out is None else out, overlaps(q), scale * LOG2_E
+    out, pdl = torch.empty_like(q) if out is None else out, overlaps(q)
+    inputs = q, k_cache, v_cache, block_tables, context_lens, cu_seqlens
     if takes_hopper(q, k_cache, v_cache, max_new):
-        prefill_hopper(
-            out, q, k_cache, v_cache, block_tables, context_lens, cu_seqlens, max_new, scale,
-            first_seq,
-        )  # fmt: skip
-        return out
+        return prefill_hopper(out, *inputs, max_new, scale * LOG2_E, first_seq)
     (num_heads, head_dim), (block_size, num_kv_heads) = q.shape[1:], k_cache.shape[1:3]
     tile, stages = (32, 1) if q.element_size() == 4 else (64, 2)
     prefill_kernel[num_heads, triton.cdiv(max_new, BLOCK_M), len(block_tables) - first_seq](
-        out, q, k_cache, v_cache, block_tables, context_lens, cu_seqlens, scale,
-        block_tables.stride(0), first_seq,
+        out, *inputs, scale * LOG2_E, block_tables.stride(0), first_seq,
         BLOCK_SIZE=block_size, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         BLOCK_M=BLOCK_M, TILE=tile, PDL=pdl, launch_pdl=pdl, num_warps=4, num_stages=stages,
     )  # fmt: skip

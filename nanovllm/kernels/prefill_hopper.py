@@ -74,7 +74,8 @@ def start_scores(queries, keys, tile, position):
     """Begin the product of the queries and a tile of keys, once that has arrived."""
     tiles, full, _ = keys
     hopper.mbarrier.wait(full.index(tile % STAGES), tile // STAGES & 1)
-    zero = gl.zeros([ROWS, TILE], gl.float32, position.type.layout.parent)
+    layout: gl.constexpr = position.type.layout.parent
+    zero = gl.zeros([ROWS, TILE], gl.float32, layout)
     turned = tiles.index(tile % STAGES).permute((1, 0))
     return hopper.warpgroup_mma(queries, turned, zero, use_acc=False, is_async=True)
 
@@ -222,25 +223,18 @@ def prefill_hopper_kernel(
 SHORTEST = 512  # with fewer new tokens a sequence the plain kernel is as fast, or faster
 
 
-def takes_hopper(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, max_new: int
-) -> bool:
+def takes_hopper(q, k_cache, v_cache, max_new: int) -> bool:
     """Is this batch, whose longest sequence brings `max_new` tokens, one for this kernel?"""
-    return (
-        HAS_GLUON
-        and max_new >= SHORTEST
-        and is_hopper(q)
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[2] in (64, 128)
-        and k_cache.shape[1] % int(TILE) == 0
-        and all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (q, k_cache, v_cache))
-    )
+    fits = q.shape[2] in (64, 128) and k_cache.shape[1] % int(TILE) == 0 and max_new >= SHORTEST
+    if not (HAS_GLUON and fits and is_hopper(q) and q.dtype in (torch.bfloat16, torch.float16)):
+        return False
+    return all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (q, k_cache, v_cache))
 
 
 def prefill_hopper(
     out, q, k_cache, v_cache, block_tables, context_lens, cu_seqlens, max_new, scale, first_seq
-) -> None:
-    """`paged_prefill_attention` into `out`, where `takes_hopper`; `scale` is for exponents of 2."""
+) -> torch.Tensor:
+    """`paged_prefill_attention` where `takes_hopper`, on scores that are exponents of 2."""
     num_heads, rows, tile = q.shape[1], int(ROWS), int(TILE)
     num_parts = triton.cdiv(max_new, 2 * rows)
     prefill_hopper_kernel[num_heads * num_parts * (len(block_tables) - first_seq),](
@@ -249,3 +243,4 @@ def prefill_hopper(
         BLOCK_SIZE=k_cache.shape[1], NUM_HEADS=num_heads, NUM_KV_HEADS=k_cache.shape[2],
         HEAD_DIM=q.shape[2], launch_pdl=True, num_warps=4, maxnreg=168,
     )  # fmt: skip
+    return out
