@@ -56,7 +56,7 @@ def compile_only(self: JITFunction, *args, grid, warmup, **kwargs):
     kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
     name = self.fn.__name__
     assert kernel.metadata.shared <= SHARED_MEMORY, (name, kernel.metadata.shared, kwargs)
-    assert ("griddepcontrol" in kernel.asm["ptx"]) == bool(kwargs.get("PDL")), name
+    assert ("griddepcontrol" in kernel.asm["ptx"]) == bool(kwargs.get("launch_pdl")), name
     compiled.add(name)
 
 
@@ -69,6 +69,7 @@ def pretend() -> None:
         for name, pretended in {
             "uses_triton": lambda x: True,
             "overlaps": lambda x: CAPABILITY >= 90,
+            "is_hopper": lambda x: CAPABILITY == 90,
             "num_processors": lambda device: MULTIPROCESSORS,
         }.items():
             if hasattr(module, name):
@@ -76,7 +77,7 @@ def pretend() -> None:
 
 
 def attention(dtype: torch.dtype, head_dim: int, group: int, block_size: int) -> None:
-    """Decode at batch sizes from one sequence to so many that nothing is split, and prefill."""
+    """Decode at batch sizes from one sequence to so many that nothing is split; prefill, twice."""
     for batch in (1, 8, 64):
         q = torch.zeros(batch, 8 * group, head_dim, dtype=dtype)
         caches = torch.zeros(2, 4, block_size, 8, head_dim, dtype=dtype)
@@ -84,7 +85,8 @@ def attention(dtype: torch.dtype, head_dim: int, group: int, block_size: int) ->
         lens = torch.ones(batch, dtype=torch.int32)
         paged_decode_attention(q, *caches, tables, lens, 0.1, order=lens)
     starts = torch.arange(batch + 1, dtype=torch.int32)
-    paged_prefill_attention(q, *caches, tables, lens, starts, 1, 0.1)
+    for max_new in (1, 512):
+        paged_prefill_attention(q, *caches, tables, lens, starts, max_new, 0.1)
 
 
 def layers(dtype: torch.dtype, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:
@@ -104,7 +106,9 @@ def layers(dtype: torch.dtype, hidden: int, heads: int, kv_heads: int, head_dim:
     for silu in (False, True):
         for size, n in product((1024, 3 * hidden), (1, 2, 16)):
             weight = torch.zeros(64, size, dtype=dtype)
-            small_linear(torch.zeros(n, size, dtype=dtype), weight, silu)
+            x, counters = torch.zeros(n, size, dtype=dtype), torch.zeros(4, dtype=torch.int32)
+            for given in (None, counters):
+                small_linear(x, weight, silu, given)
     ids, logits = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 5000, dtype=dtype)
     sample(logits, torch.ones(3), ids, ids)
     resolve_tokens(ids, ids)
@@ -131,6 +135,9 @@ if __name__ == "__main__":
         sums(dtype, hidden=4096, ranks=2)
     attention(torch.bfloat16, head_dim=64, group=1, block_size=16)
     attention(torch.bfloat16, head_dim=128, group=8, block_size=64)
+    attention(torch.float16, head_dim=128, group=1, block_size=128)
+    attention(torch.bfloat16, head_dim=64, group=8, block_size=256)
+    attention(torch.float16, head_dim=64, group=2, block_size=128)
     layers(torch.bfloat16, hidden=256, heads=6, kv_heads=2, head_dim=64)
     sums(torch.bfloat16, hidden=450, ranks=8)
     print(json.dumps(sorted(compiled)))

@@ -1,15 +1,20 @@
-"""Every kernel compiles for GPUs with and without programmatic dependent launch."""
+"""Every kernel compiles for GPUs with and without programmatic dependent launch.
+
+A kernel for Hopper compiles for that alone, and with the versions of Triton that it is written for.
+"""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
+FOR_HOPPER = {"prefill_hopper_kernel"}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -23,4 +28,6 @@ def test_every_kernel_compiles(capability, tmp_path):
     command = [sys.executable, str(HERE / "compile_kernels.py"), str(capability)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    if capability != 90 or version("triton")[:4] not in ("3.6.", "3.7."):
+        names -= FOR_HOPPER
     assert set(json.loads(done.stdout)) == names and len(names) >= 10

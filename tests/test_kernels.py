@@ -35,7 +35,7 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from nanovllm.kernels import candidates, jit
+from nanovllm.kernels import candidates, jit, prefill_attention, prefill_hopper
 from nanovllm.kernels import small_linear as small_linear_module
 from nanovllm.kernels.add_rms_norm import add_rms_norm, add_rms_norm_torch
 from nanovllm.kernels.all_reduce import all_reduce
@@ -167,15 +167,18 @@ SIZES = [(1, 1), (8, 16), (13, 96), (131, 1000), (7, 5000)]
 @pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 9, 16])
 @pytest.mark.parametrize("rows, size", SIZES)
-def test_small_linear(rows, size, num_tokens, silu, dtype):
+@pytest.mark.parametrize("has_counters", [False, True], ids=["whole", "split"])
+def test_small_linear(rows, size, num_tokens, silu, has_counters, dtype):
     """A sum is measured by the size of its addends too: these may cancel out."""
+    counters = torch.zeros(2 * rows, dtype=torch.int32, device=DEV)
     x, scale = randn(num_tokens, size, dtype=dtype), 1.0 if not silu else size**-0.5
     weight = randn(rows * (2 if silu else 1), size, dtype=dtype, scale=scale)
     with kernels():
         if not is_small(x, weight):
             assert dtype == torch.float32 and num_tokens > 3
             return
-        found = small_linear(x, weight, silu)
+        found = small_linear(x, weight, silu, counters if has_counters else None)
+    assert not counters.any()
     measure = 2.0 if silu else size**0.5
     expected = torch.nn.functional.linear(*exact(x, weight))
     expected = silu_and_mul_torch(expected) if silu else expected
@@ -333,6 +336,160 @@ def test_prefill_after_a_prefix(shape, dtype):
 def test_prefill_at_the_edges_of_tiles(prefix, num_new, dtype):
     batch = PagedBatch([(num_new, prefix + num_new)], 64, 1, 1, 64, dtype)
     check(prefill(batch), batch.expected(), factor=2)
+
+
+# Prefill attention on a Hopper GPU
+
+HAS_HOPPER = prefill_hopper.HAS_GLUON and ON_GPU and jit.is_hopper(torch.empty(0, device=DEV))
+needs_hopper = pytest.mark.skipif(not HAS_HOPPER, reason="no Hopper GPU, or no Gluon")
+HALVES = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"]
+)
+HOPPER_SHAPES = [  # groups of 1, 2 and 8
+    (128, 2, 2, 64),
+    (256, 4, 2, 128),
+    (128, 8, 1, 128),
+    (384, 8, 1, 64),
+]
+
+
+def prefill_after(batch: PagedBatch, first_seq: int) -> Tensor:
+    """The answer of the kernel that `paged_prefill_attention` chooses, NaN before `first_seq`."""
+    inputs = batch.q, batch.k_cache, batch.v_cache, batch.tables, batch.on_device(batch.lens)
+    starts, longest = batch.on_device(batch.starts), max(num_new for num_new, _ in batch.spans)
+    with kernels():
+        return paged_prefill_attention(*inputs, starts, longest, batch.scale, first_seq=first_seq)
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[bool]:
+    """For every prefill since, whether the Hopper kernel takes it."""
+    asked, takes = [], prefill_attention.takes_hopper
+
+    def noting(*args) -> bool:
+        asked.append(takes(*args))
+        return asked[-1]
+
+    monkeypatch.setattr(prefill_attention, "takes_hopper", noting)
+    return asked
+
+
+@needs_hopper
+@pytest.mark.gpu
+@HALVES
+@pytest.mark.parametrize("first_seq", [0, 1])
+@pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=str)
+def test_prefill_on_hopper(shape, first_seq, dtype, launched):
+    """Prompts and chunks that end at, before and behind the edges of tiles; NaN is all around."""
+    spans = [(300, 300), (1, 1), (512, 512), (77, 500), (1, 700), (129, 385), (0, 0), (255, 1023)]
+    spans += [(256, 1024), (63, 64), (640, 1281), (33, 289), (127, 128), (65, 900), (513, 513)]
+    table_dtype = torch.int64 if first_seq else torch.int32
+    batch = PagedBatch(spans + [(0, 0)] * 2, *shape, dtype, table_dtype)
+    found, skipped = prefill_after(batch, first_seq), batch.starts[first_seq]
+    assert launched == [True]
+    assert found[:skipped].isnan().all()
+    expected = batch.expected()[skipped:]
+    check(found[skipped:], expected, factor=2)
+    assert torch.equal(bits(prefill_after(batch, first_seq)[skipped:]), bits(found[skipped:]))
+
+
+@needs_hopper
+@pytest.mark.gpu
+@HALVES
+@pytest.mark.parametrize("prefix", [0, 1, 63, 127, 128, 3000])
+@pytest.mark.parametrize("num_new", [512, 575, 577, 639, 1500])
+def test_both_prefill_kernels_agree(num_new, prefix, dtype, monkeypatch, launched):
+    batch = PagedBatch([(num_new, prefix + num_new)], 256, 2, 1, 128, dtype)
+    found = prefill(batch)
+    monkeypatch.setattr(prefill_attention, "takes_hopper", lambda *_: False)
+    plain = prefill(batch)
+    assert launched == [True]
+    check(found, plain.double().cpu(), factor=3)
+    check(found, batch.expected(), factor=2)
+
+
+@needs_hopper
+@pytest.mark.gpu
+def test_on_hopper_a_row_without_blocks_follows_no_address(launched):
+    """As below, for the other kernel."""
+    batch = PagedBatch([(9, 70), (600, 800), (1, 70)], 128, 4, 2, 64, torch.bfloat16)
+    expected = batch.expected()
+    batch.k_cache[0], batch.v_cache[0] = 0, 0
+    batch.tables[1] = -1
+    first, stop = batch.starts[1:3]
+    found = prefill(batch).cpu()
+    assert launched == [True] and found[first:stop].eq(0).all()
+    found[first:stop] = expected[first:stop].to(found.dtype)
+    check(found, expected, factor=2)
+
+
+@needs_hopper
+@pytest.mark.gpu
+def test_on_hopper_a_nan_in_one_requests_blocks_stays_in_its_rows(launched):
+    batch = PagedBatch([(9, 70), (600, 600), (70, 150)], 128, 4, 2, 64, torch.bfloat16)
+    clean, own = prefill(batch), slice(0, batch.starts[1])
+    for cache in (batch.k_cache, batch.v_cache):
+        cache[batch.tables[0, :1].long()] = torch.nan
+    batch.q[own] = torch.nan
+    found = prefill(batch)
+    assert launched == [True, True] and found[own].isnan().all()
+    assert torch.equal(bits(found[own.stop :]), bits(clean[own.stop :]))
+
+
+@needs_hopper
+@pytest.mark.gpu
+def test_on_hopper_a_recorded_prefill_follows_its_inputs(launched):
+    """What a copy has to know is frozen in a graph; lengths, tables and numbers are not."""
+    batch = PagedBatch([(600, 900), (40, 40)], 128, 4, 2, 128, torch.bfloat16)
+    other = PagedBatch([(40, 40), (600, 900)], 128, 4, 2, 128, torch.bfloat16)
+    names, cases = ("q", "k_cache", "v_cache", "tables"), []
+    for one in (other, batch):
+        values = [getattr(one, name).clone() for name in names]
+        values += [one.on_device(one.lens), one.on_device(one.starts)]
+        cases.append((values, one.expected()))
+    inputs = [x.clone() for x in cases[1][0]]
+    out = torch.empty_like(batch.q)
+    paged_prefill_attention(*inputs, 600, batch.scale, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        paged_prefill_attention(*inputs, 600, batch.scale, out)
+    for values, expected in cases:
+        for x, value in zip(inputs, values):
+            x.copy_(value)
+        out.fill_(torch.nan)
+        graph.replay()
+        check(out, expected, factor=2)
+    assert all(launched)
+
+
+@pytest.mark.parametrize(
+    "change, takes",
+    [
+        ({}, True),
+        ({"dtype": torch.float16, "head_dim": 128, "block_size": 256}, True),
+        ({"block_size": 384}, True),
+        ({"max_new": 511}, False),
+        ({"block_size": 64}, False),
+        ({"block_size": 192}, False),
+        ({"head_dim": 32}, False),
+        ({"head_dim": 256}, False),
+        ({"dtype": torch.float32}, False),
+        ({"skip": 1}, False),  # an address that is no multiple of 16
+        ({"hopper": False}, False),
+        ({"gluon": False}, False),
+    ],
+    ids=str,
+)
+def test_who_takes_a_prefill(change, takes, monkeypatch):
+    given = dict(dtype=torch.bfloat16, head_dim=64, block_size=128, max_new=512, skip=0)
+    given |= dict(hopper=True, gluon=True) | change
+    monkeypatch.setattr(prefill_hopper, "HAS_GLUON", given["gluon"])
+    monkeypatch.setattr(prefill_hopper, "is_hopper", lambda x: given["hopper"])
+    shape = 4, 2, given["head_dim"]
+    q = torch.zeros(4 * 2 * given["head_dim"] + given["skip"], dtype=given["dtype"])
+    q = q[given["skip"] :].view(shape)
+    cache = torch.zeros(2, given["block_size"], 1, given["head_dim"], dtype=given["dtype"])
+    assert prefill_hopper.takes_hopper(q, cache, cache, given["max_new"]) == takes
 
 
 @each_dtype

@@ -167,7 +167,7 @@ def launch_decode(
     block_size, num_kv_heads, head_dim = caches[0].shape[1:]
     group, pdl = q.shape[1] // num_kv_heads, overlaps(q)
     # Measured: small tiles, for more parts, where a few sequences have the chip to themselves.
-    tile, stages = (64, 3) if splits <= 16 and q.element_size() == 2 else (32, 2)
+    tile, stages = (64, 3) if splits <= 4 and q.element_size() == 2 else (32, 2)
     decode_kernel[len(block_tables) * num_kv_heads, splits](
         out, *parts, q, *caches, block_tables, context_lens,
         context_lens if order is None else order, scale * LOG2_E, block_tables.stride(0), splits,

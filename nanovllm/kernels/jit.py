@@ -98,10 +98,17 @@ _lock = Lock()  # what a launch does is replaced for the whole process
 def compiled_together() -> Iterator[None]:
     """Kernels that this thread launches are compiled side by side, and none of them runs."""
     function = import_module("triton.runtime.jit").JITFunction
-    launch = function.run
+    launch, device, kernels = function.run, torch.cuda.current_device(), dict[int, Any]()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        return launch(self, *args, grid=grid, warmup=warmup or _compiles_only.get(), **kwargs)
+        kernel = launch(self, *args, grid=grid, warmup=warmup or _compiles_only.get(), **kwargs)
+        if _compiles_only.get():
+            kernels[id(kernel)] = kernel
+        return kernel
+
+    def make_ready(kernel: Any) -> None:
+        with torch.cuda.device(device):
+            kernel.run
 
     with _lock, ThreadPoolExecutor() as pool:
         function.run, token = run, _compiles_only.set(True)
@@ -111,3 +118,4 @@ def compiled_together() -> Iterator[None]:
         finally:
             _compiles_only.reset(token)
             function.run = launch
+        list(pool.map(make_ready, kernels.values()))

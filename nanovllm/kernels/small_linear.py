@@ -31,35 +31,61 @@ def small_linear_kernel(
         tl.store(out + token * num_rows + row, y.to(out.dtype.element_ty), mask=row < num_rows)
 
 
+WARPS, WIDTH = tl.constexpr(4), tl.constexpr(256)  # of a program, and columns of a warp
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def few_tokens_kernel(
-    out, x, weight, num_tokens, num_rows,
-    SIZE: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+    out, parts, counters, x, weight, num_tokens, num_rows,
+    SIZE: tl.constexpr, STEPS: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
     SILU: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program 16 rows of the weights, of which each warp takes WIDTH columns at a time."""
+    """One program 16 rows of the weights and STEPS times WARPS * WIDTH columns."""
     if PDL:  # the next kernel may ask for its weights while these come
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.arange(0, 16)
+    row, tile, token = tl.arange(0, 16), tl.program_id(0), tl.arange(0, TOKENS)[None, :, None]
     if SILU:  # eight gates, and the eight rows that they are multiplied with
-        rows = tl.minimum(tl.program_id(0) * 8 + row % 8, num_rows - 1) + row // 8 * num_rows
+        rows = tl.minimum(tile * 8 + row % 8, num_rows - 1) + row // 8 * num_rows
     else:
-        rows = tl.minimum(tl.program_id(0) * 16 + row, num_rows - 1)
+        rows = tl.minimum(tile * 16 + row, num_rows - 1)
     source = weight + rows[None, :, None].to(tl.int64) * SIZE
     column = tl.arange(0, WARPS)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    token = tl.arange(0, TOKENS)[None, :, None]
+    column += tl.program_id(1) * (STEPS * WARPS * WIDTH)
     weights = tl.load(source + column, mask=column < SIZE, other=0.0)
     wait_for_inputs(PDL)
     y = tl.zeros([WARPS, 16, TOKENS], tl.float32)
-    for start in range(0, SIZE, WARPS * WIDTH):
+    for step in range(STEPS):
         mask = (token < num_tokens) & (column < SIZE)
         vectors = tl.load(x + token * SIZE + column, mask=mask, other=0.0)
         column += WARPS * WIDTH
         these = weights
-        if start + WARPS * WIDTH < SIZE:  # the next ones are on their way meanwhile
-            weights = tl.load(source + column, mask=column < SIZE, other=0.0)
+        if STEPS > 1:  # the next ones are on their way meanwhile
+            there = (column < SIZE) & (step + 1 < STEPS)
+            weights = tl.load(source + column, mask=there, other=0.0)
         y = tl.dot(these, tl.permute(vectors, [0, 2, 1]), y)
-    store_few(out, tl.sum(y, axis=0), num_tokens, num_rows, TOKENS, SILU)
+    finish(out, parts, counters, tl.sum(y, axis=0), num_tokens, num_rows, TOKENS, SPLITS, SILU)
+
+
+@triton.jit
+def finish(
+    out, parts, counters, y, num_tokens, num_rows,
+    TOKENS: tl.constexpr, SPLITS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """y: [16, TOKENS], a program's sums; the last program of a tile adds up those of all."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    if SPLITS == 1:
+        store_few(out, y, num_tokens, num_rows, TOKENS, SILU)
+    else:
+        at = tl.arange(0, 16)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+        own = parts + tile * (SPLITS * 16 * TOKENS) + at
+        tl.store(own + split * (16 * TOKENS), y)
+        tl.debug_barrier()  # all of this part is written before it is counted
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(counters + tile, 0)
+            total = tl.load(own, cache_modifier=".cg")
+            for part in tl.static_range(1, SPLITS):
+                total += tl.load(own + part * (16 * TOKENS), cache_modifier=".cg")
+            store_few(out, total, num_tokens, num_rows, TOKENS, SILU)
 
 
 @triton.jit
@@ -96,39 +122,70 @@ def is_small(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return uses_triton(x) and len(x) <= most
 
 
-def small_linear(x: torch.Tensor, weight: torch.Tensor, silu: bool = False) -> torch.Tensor:
-    """x Wᵀ for few tokens; with `silu`, SwiGLU's product of the two halves of that.
-
-    x: [num_tokens, input_size]; weight: [output_size, input_size], both contiguous.
-    """
-    num_tokens, size = x.shape
-    num_rows, pdl = len(weight) // 2 if silu else len(weight), overlaps(x)
-    out = x.new_empty((num_tokens, num_rows))
-    if num_tokens > 1 and is_light(weight):
-        launch_few(out, x, weight, silu)
-        return out
+def launch_small(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, silu: bool) -> None:
+    """Launch `small_linear_kernel`."""
+    (num_tokens, size), num_rows, pdl = x.shape, out.shape[1], overlaps(x)
     padded = triton.next_power_of_2(size)
     block = max(1, min(4, 16384 // padded))  # rows that the registers hold
     small_linear_kernel[triton.cdiv(num_rows, block),](
         out, x, weight, num_tokens, num_rows,
         SIZE=size, PADDED=padded, BLOCK=block, SILU=silu, PDL=pdl, launch_pdl=pdl, num_warps=4,
     )  # fmt: skip
-    return out
 
 
-def launch_few(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, silu: bool) -> None:
-    """Launch `few_tokens_kernel`: more warps where there are more columns."""
+def splits_of(tiles: int, size: int) -> int:
+    """Into how many parts the columns are cut: all as long, and so many that 128 programs run."""
+    chunks = triton.cdiv(size, WARPS.value * WIDTH.value)
+    splits = (n for n in range(1, chunks + 1) if chunks % n == 0)
+    return next((n for n in splits if n * tiles >= 128), chunks)
+
+
+def launch_few(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    silu: bool,
+    counters: torch.Tensor | None,
+) -> None:
+    """Launch `few_tokens_kernel`; without counters no columns are split."""
     (num_tokens, size), num_rows, pdl = x.shape, out.shape[1], overlaps(x)
-    tokens, warps = 8 if num_tokens <= 8 else 16, 4 if size <= 1024 else 8
-    few_tokens_kernel[triton.cdiv(num_rows, 8 if silu else 16),](
-        out, x, weight, num_tokens, num_rows, SIZE=size, WARPS=warps,
-        WIDTH=256 if warps * tokens <= 64 else 128, TOKENS=tokens, SILU=silu, PDL=pdl,
-        launch_pdl=pdl, num_warps=warps, num_stages=1,
+    tiles, tokens = triton.cdiv(num_rows, 8 if silu else 16), 8 if num_tokens <= 8 else 16
+    splits, parts = splits_of(tiles, size) if counters is not None else 1, out
+    if splits > 1:
+        parts = x.new_empty((tiles, splits, 16, tokens), dtype=torch.float32)
+    few_tokens_kernel[tiles, splits](
+        out, parts, out if counters is None else counters, x, weight, num_tokens, num_rows,
+        SIZE=size, STEPS=triton.cdiv(size, splits * WARPS.value * WIDTH.value), TOKENS=tokens,
+        SPLITS=splits, SILU=silu, PDL=pdl, launch_pdl=pdl, num_warps=WARPS.value, num_stages=1,
     )  # fmt: skip
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def small_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    silu: bool = False,
+    counters: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x Wᵀ for few tokens; with `silu`, SwiGLU's product of the two halves of that.
+
+    x: [num_tokens, input_size]; weight: [output_size, input_size], both contiguous; counters:
+    zeros, [output_size / 16] int32 or more, left zero; calls that share them must not overlap.
+    """
+    out = x.new_empty((len(x), len(weight) // 2 if silu else len(weight)))
+    if len(x) > 1 and is_light(weight):
+        launch_few(out, x, weight, silu, counters)
+    else:
+        launch_small(out, x, weight, silu)
+    return out
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
+) -> torch.Tensor:
     """x Wᵀ (+ b), for any number of tokens."""
     if bias is None and is_small(x, weight):
-        return small_linear(x, weight)
+        return small_linear(x, weight, counters=counters)
     return F.linear(x, weight, bias)

@@ -42,6 +42,12 @@ class RowParallelLinear(ReplicatedLinear):
     What the GPUs get are parts of a sum. The norm that follows adds them up.
     """
 
+    def __init__(self, input_size: int, output_size: int, bias: bool = False):
+        super().__init__(input_size, output_size, bias)
+        self.counters: torch.Tensor
+        counters = torch.zeros(-(-output_size // 16), dtype=torch.int32)
+        self.register_buffer("counters", counters, persistent=False)
+
     def take(self, kind: str, stored: Any) -> torch.Tensor:
         """This rank's columns; the bias is whole, and is added once."""
         own = self.weight.shape[1]
@@ -51,7 +57,8 @@ class RowParallelLinear(ReplicatedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_tokens, own input_size] -> [num_tokens, output_size], this rank's part"""
-        return linear(x, self.weight, self.bias if self.group.rank == 0 else None)
+        bias = self.bias if self.group.rank == 0 else None
+        return linear(x, self.weight, bias, self.counters)
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
