@@ -107,8 +107,9 @@ def compiled_together() -> Iterator[None]:
         return kernel
 
     def make_ready(kernel: Any) -> None:
+        compiled = kernel.result() if hasattr(kernel, "result") else kernel  # by another engine
         with torch.cuda.device(device):
-            kernel.run
+            compiled.run
 
     with _lock, ThreadPoolExecutor() as pool:
         function.run, token = run, _compiles_only.set(True)
