@@ -379,10 +379,11 @@ def launched(monkeypatch) -> list[bool]:
 @HALVES
 @pytest.mark.parametrize("first_seq", [0, 1])
 @pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=str)
-def test_prefill_on_hopper(shape, first_seq, dtype, launched):
+def test_prefill_on_hopper(shape, first_seq, dtype, launched, monkeypatch):
     """Prompts and chunks that end at, before and behind the edges of tiles; NaN is all around."""
     spans = [(300, 300), (1, 1), (512, 512), (77, 500), (1, 700), (129, 385), (0, 0), (255, 1023)]
     spans += [(256, 1024), (63, 64), (640, 1281), (33, 289), (127, 128), (65, 900), (513, 513)]
+    monkeypatch.setattr(prefill_hopper, "EMPTY", 9)
     table_dtype = torch.int64 if first_seq else torch.int32
     batch = PagedBatch(spans + [(0, 0)] * 2, *shape, dtype, table_dtype)
     found, skipped = prefill_after(batch, first_seq), batch.starts[first_seq]
@@ -469,19 +470,30 @@ def test_on_hopper_a_recorded_prefill_follows_its_inputs(launched):
         ({"dtype": torch.float16, "head_dim": 128, "block_size": 256}, True),
         ({"block_size": 384}, True),
         ({"max_new": 511}, False),
+        ({"long": False, "num_seqs": 8}, False),  # nearly all programs would be empty
+        ({"num_seqs": 8}, False),
+        ({"num_seqs": 2}, True),
         ({"block_size": 64}, False),
         ({"block_size": 192}, False),
         ({"head_dim": 32}, False),
         ({"head_dim": 256}, False),
         ({"dtype": torch.float32}, False),
-        ({"skip": 1}, False),  # an address that is no multiple of 16
+        ({"skip": 1, "long": False}, False),  # an address that is no multiple of 16
         ({"hopper": False}, False),
         ({"gluon": False}, False),
     ],
     ids=str,
 )
 def test_who_takes_a_prefill(change, takes, monkeypatch):
-    given = dict(dtype=torch.bfloat16, head_dim=64, block_size=128, max_new=512, skip=0)
+    given = dict(
+        dtype=torch.bfloat16,
+        head_dim=64,
+        block_size=128,
+        max_new=512,
+        skip=0,
+        long=True,
+        num_seqs=1,
+    )
     given |= dict(hopper=True, gluon=True) | change
     monkeypatch.setattr(prefill_hopper, "HAS_GLUON", given["gluon"])
     monkeypatch.setattr(prefill_hopper, "is_hopper", lambda x: given["hopper"])
@@ -489,7 +501,9 @@ def test_who_takes_a_prefill(change, takes, monkeypatch):
     q = torch.zeros(4 * 2 * given["head_dim"] + given["skip"], dtype=given["dtype"])
     q = q[given["skip"] :].view(shape)
     cache = torch.zeros(2, given["block_size"], 1, given["head_dim"], dtype=given["dtype"])
-    assert prefill_hopper.takes_hopper(q, cache, cache, given["max_new"]) == takes
+    q = torch.cat([q] * 128) if given["long"] else q
+    num_seqs = given["num_seqs"]
+    assert prefill_hopper.takes_hopper(q, cache, cache, given["max_new"], num_seqs) == takes
 
 
 @each_dtype
@@ -593,7 +607,8 @@ def test_filters_draw_what_a_sort_in_float64_draws(num_columns, dtype, room, mon
     Of masses that all but reach the nucleus either answer is right.
     """
     monkeypatch.setattr(candidates, "ROOM", room)
-    kinds, n = 16, 16 * (40 if ON_GPU else 6)
+    monkeypatch.setattr(candidates, "CHUNK", 32 if ON_GPU else 4)
+    kinds, n = 16, 16 * (40 if ON_GPU else 2)
     logits = torch.randn(kinds, num_columns) * 3
     logits[::3] = logits[::3].round()
     heat = torch.rand(kinds) * 2 + 0.1
@@ -637,15 +652,17 @@ def test_filters_at_their_edges():
         ([1.0, 2, 2, 0, 1.9], 1, 1.0, 0.8, [1]),
         ([1.0, 2, 2, 0, 1.9], 0, 0.5, 0.8, [1, 2]),
     ]
-    draws = 64
-    for dtype, room in product((torch.float32, torch.bfloat16), (2048, 1)):
+    draws = 64 if ON_GPU else 4  # in the interpreter each takes 100 ms
+    for dtype, room in product((torch.float32, torch.bfloat16) if ON_GPU else DTYPES[:1], (32, 1)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(candidates, "ROOM", room)
+            patch.setattr(candidates, "CHUNK", 1)
             for logits, *filters, kept in cases:
                 row = torch.tensor([logits]).to(dtype).repeat(draws, 1)
                 draw = [torch.ones(draws), torch.arange(draws), torch.arange(draws)]
                 found = drawn(row, draw, [torch.full((draws,), x) for x in filters])
-                assert sorted({*found.tolist()}) == kept, (dtype, room, logits, filters)
+                assert {*found.tolist()} <= {*kept}, (dtype, room, logits, filters)
+                assert not ON_GPU or {*found.tolist()} == {*kept}
 
 
 def test_a_filtered_row_with_a_nan_has_no_token():

@@ -30,12 +30,16 @@ def graph_shapes(max_num_tokens: int, max_num_seqs: int) -> list[Shape]:
     return sorted(shapes)
 
 
+Ran = tuple[torch.Tensor, torch.Tensor]  # of each sequence the last hidden state, and its logits
+
+
 @dataclass(slots=True)
 class Graph:
     """A step of some shape, recorded."""
 
     step: torch.cuda.CUDAGraph  # the model, and sampling without filters
-    filters: torch.cuda.CUDAGraph  # sampling once more, for the rows that ask
+    filters: torch.cuda.CUDAGraph | None  # sampling once more, for the rows that ask
+    hidden: torch.Tensor  # the hidden states, in the same memory at each replay
 
 
 def capture(run: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -52,23 +56,27 @@ class Graphs:
     def __init__(
         self,
         blank_step: Callable[[Shape], Step],
-        execute: Callable[[Step], torch.Tensor],
-        resample: Callable[[Step, torch.Tensor], None],
+        execute: Callable[[Step], Ran],
+        resample: Callable[..., None],
+        records_filters: bool,
     ):
         self.blank_step, self.execute, self.resample = blank_step, execute, resample
+        self.records_filters = records_filters
         self.recorded: dict[Shape, Graph] = {}
 
     def run(self, step: Step) -> None:
         """Run a step whose inputs are on the device: replayed, or kernel by kernel."""
         recorded = self.recorded.get(step.shape)
         if recorded is None:
-            logits = self.execute(step)
+            ran = self.execute(step)
             if step.filtered:
-                self.resample(step, logits)
+                self.resample(step, *ran)
             return
         recorded.step.replay()
-        if step.filtered:
+        if step.filtered and recorded.filters is not None:
             recorded.filters.replay()
+        elif step.filtered:
+            self.resample(step, recorded.hidden)
 
     def capture_all(self, shapes: list[Shape], pool: Any) -> None:
         """Record a step of each shape, the largest first: the others find room in what it took."""
@@ -78,10 +86,12 @@ class Graphs:
     @torch.inference_mode()
     def record(self, shape: Shape, pool: Any) -> Graph:
         """A step of this shape, all of it padding, run once and then recorded."""
-        step = self.blank_step(shape)
-        self.resample(step, self.execute(step))
-        graph, logits = capture(partial(self.execute, step), pool)
-        return Graph(graph, capture(partial(self.resample, step, logits), pool)[0])
+        step, filters = self.blank_step(shape), None
+        self.resample(step, *self.execute(step))
+        graph, ran = capture(partial(self.execute, step), pool)
+        if self.records_filters:
+            filters = capture(partial(self.resample, step, *ran), pool)[0]
+        return Graph(graph, filters, ran[0])
 
     def estimate_bytes(self, shapes: list[Shape], device: torch.device) -> int:
         """About how much memory recording these shapes will take, from three of them."""

@@ -5,12 +5,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nanovllm.config import Config, ModelConfig
-from nanovllm.engine.graphs import Graphs, graph_shapes
+from nanovllm.engine.graphs import Graphs, Ran, graph_shapes
 from nanovllm.engine.memory import CPU_CACHE_BYTES, left_for_cache, reserved_memory, zeros
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import InputLayout, Inputs, Packer, Shape, Step, sampling_of
@@ -61,7 +60,8 @@ class ModelRunner:
             load_model(self.model, folder)
         self.sampler = Sampler()
         self.allocate_inputs(config)
-        self.graphs = Graphs(self.blank_step, self.execute, self.resample)
+        functions = self.blank_step, self.execute, self.resample
+        self.graphs = Graphs(*functions, self.sampler.is_alone)
         self.step_bytes = self.graph_bytes = 0
         if self.on_gpu:
             self.warmup_model(config)
@@ -95,15 +95,10 @@ class ModelRunner:
             hidden = hidden[inputs["last"]]  # of each prompt
         return hidden
 
-    def tensor(self, values: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        """Host values as a tensor on the device, without waiting for the copy."""
-        pinned = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
-        return pinned.to(self.device, non_blocking=True)
-
     def exit(self) -> None:
         """Let go of model, cache and graphs, whoever still holds the runner; it can't run again."""
         del self.model, self.kv_cache
-        self.graphs = Graphs(self.blank_step, self.execute, self.resample)
+        self.graphs.recorded = {}
 
     def allocate_kv_cache(self, config: Config) -> None:
         """The pool of `num_blocks` blocks, and how attention is to read it."""
@@ -167,12 +162,12 @@ class ModelRunner:
         """Bring a step's inputs to the device, into the buffer that all steps share."""
         self.input_buffer[: len(step.host)].copy_(step.host, non_blocking=True)
 
-    def execute(self, step: Step) -> torch.Tensor:
-        """Run the model and sample, on the inputs in the buffer, without filters; the logits."""
+    def execute(self, step: Step) -> Ran:
+        """Run the model and sample without filters, on the inputs in the buffer."""
         inputs = step.layout.tensors(self.input_buffer)
         input_ids = resolve_tokens(inputs["input_ids"], self.sampled)
         hidden = self.forward(step, {**inputs, "input_ids": input_ids})
-        return self.sample(hidden, sampling_of(inputs, step.all_greedy))
+        return hidden, self.sample(hidden, sampling_of(inputs, step.all_greedy))
 
     def read_sampled(self, num_seqs: int) -> Result:
         """Ask for the step's tokens, to be read when they are there."""
@@ -190,11 +185,17 @@ class ModelRunner:
         self.sampled[: len(hidden)] = self.sampler.choose(logits, sampling, first)
         return logits
 
-    def resample(self, step: Step, logits: torch.Tensor) -> None:
-        """Another token, into `sampled`, for each of the rows that ask for a filter."""
+    def resample(
+        self, step: Step, hidden: torch.Tensor, logits: torch.Tensor | None = None
+    ) -> None:
+        """Another token, into `sampled`, for each of the rows that ask for a filter.
+
+        logits: those of hidden, where they are at hand.
+        """
+        logits = self.model.compute_logits(hidden) if logits is None else logits
         sampling = sampling_of(step.layout.tensors(self.input_buffer))
         if not self.on_gpu:
-            sampling.filtered = self.tensor(step.filtered)
+            sampling.filtered = torch.tensor(step.filtered, dtype=torch.int64)
         self.sampler.resample(self.sampled[: len(logits)], logits, sampling)
 
     def capture_cudagraph(self, shapes: list[Shape]) -> None:
@@ -205,10 +206,14 @@ class ModelRunner:
         self.packer.shapes = shapes
 
     def graph_shapes(self, config: Config) -> list[Shape]:
-        """The shapes of the steps that this engine records."""
+        """The shapes of the steps that this engine records: none in which NCCL has a part."""
         if config.enforce_eager or self.backend == "torch":
             return []
-        return graph_shapes(self.max_num_tokens, self.max_num_seqs)
+        shapes, group = graph_shapes(self.max_num_tokens, self.max_num_seqs), self.sampler.group
+        if group.size == 1:
+            return shapes
+        longest = 0 if group.exchange is None else group.exchange.rows
+        return [shape for shape in shapes if shape.num_tokens <= longest]
 
     def blank_step(self, shape: Shape) -> Step:
         """A step that is all padding, its inputs on the device."""
@@ -228,8 +233,8 @@ class ModelRunner:
                 step = self.pack(seqs)
                 self.receive(step)
                 inputs = step.layout.tensors(self.input_buffer)
-                logits = self.sample(self.forward(step, inputs), sampling_of(inputs))
-                self.resample(step, logits)
+                hidden = self.forward(step, inputs)
+                self.resample(step, hidden, self.sample(hidden, sampling_of(inputs)))
 
     def allocate_inputs(self, config: Config) -> None:
         """The buffer that each step's inputs are copied to, and the newest sampled tokens."""

@@ -30,10 +30,10 @@ def maxima_kernel(
 
 @triton.jit
 def find_parts(
-    near, highest, best, cold, min_p, wanted, num_parts,
+    near, highest, mass, best, cold, min_p, wanted, num_parts,
     SHIFT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """List the parts that have candidates; returns how many, and the least key of a candidate."""
+    """List the parts that have candidates: how many, their mass, and the least candidate's key."""
     part = tl.arange(0, PARTS)
     there = part < num_parts
     key = tl.where(there, keys_of(highest, SHIFT), 0)
@@ -42,19 +42,19 @@ def find_parts(
     rank = tl.cumsum(is_near.to(tl.int32), axis=0) - 1
     tl.store(near + rank, part, mask=is_near)
     tl.debug_barrier()  # the list is read by all threads
-    return tl.sum(is_near.to(tl.int32), axis=0), lowest
+    return tl.sum(is_near.to(tl.int32), axis=0), tl.sum(tl.where(is_near, mass, 0), axis=0), lowest
 
 
 @triton.jit
 def best_and_mass(maxima, masses, cold, num_parts, PARTS: tl.constexpr):
-    """The parts' highest logits, the highest of all, and the row's mass, counted from there."""
+    """The parts' highest logits, the highest of all, and the parts' masses, counted from there."""
     part = tl.arange(0, PARTS)
     there = part < num_parts
     highest = tl.load(maxima + part, mask=there, other=-float("inf"))
     best = tl.max(highest, axis=0)
     best = tl.where(best > -float("inf"), best, 0.0)
     mass = tl.load(masses + part, mask=there, other=0.0)
-    return highest, best, tl.sum(mass * tl.exp((highest - best) * cold), axis=0)
+    return highest, best, mass * tl.exp((highest - best) * cold)
 
 
 @triton.jit
@@ -125,22 +125,25 @@ def candidates_kernel(
         top_k, top_p, min_p = tl.load(top_ks + seq), tl.load(top_ps + seq), tl.load(min_ps + seq)
         cold = 1 / tl.maximum(tl.load(temperatures + seq), TINY)
         parts, room = seq * num_parts, seq * ROOM
-        highest, best, total = best_and_mass(maxima + parts, masses + parts, cold, num_parts, PARTS)
+        highest, best, mass = best_and_mass(maxima + parts, masses + parts, cold, num_parts, PARTS)
+        total = tl.sum(mass, axis=0)
         wanted = tl.where(top_k > 0, top_k, tl.where(min_p > 0, num_columns, looked_at))
-        num_near, lowest = find_parts(
-            near + parts, highest, best, cold, min_p, wanted.to(tl.float32), num_parts, SHIFT, PARTS
-        )
+        num_near, held, lowest = find_parts(
+            near + parts, highest, mass, best, cold, min_p, wanted.to(tl.float32), num_parts,
+            SHIFT, PARTS,
+        )  # fmt: skip
+        is_hopeless = (top_k == 0) & (min_p == 0) & (held < top_p * total)
         count = collect(
             values + room, columns + room, near + parts, logits + seq.to(tl.int64) * num_columns,
-            num_near, num_columns, best, cold, min_p, lowest, SHIFT, WIDTH, CHUNK, ROOM,
+            tl.where(is_hopeless, 0, num_near), num_columns, best, cold, min_p, lowest, SHIFT,
+            WIDTH, CHUNK, ROOM,
         )  # fmt: skip
         token, is_enough = choose(
             values + room, columns + room, count, total, best, cold, top_k, top_p, min_p,
             tl.load(seeds + seq), tl.load(positions + seq), SHIFT, ROOM,
         )  # fmt: skip
-        has_nan = total != total
-        is_left = ((is_enough == 0) & (has_nan == 0)).to(tl.int32)
-        tl.store(token_ids + seq, tl.where(has_nan, -1, token).to(tl.int64))
+        is_left = ((is_enough == 0) & (total == total)).to(tl.int32)
+        tl.store(token_ids + seq, tl.where(total == total, token, -1).to(tl.int64))  # no NaN?
     tl.store(left + seq, is_left)
 
 

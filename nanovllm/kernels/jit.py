@@ -109,7 +109,7 @@ def compiled_together() -> Iterator[None]:
     def make_ready(kernel: Any) -> None:
         compiled = kernel.result() if hasattr(kernel, "result") else kernel  # by another engine
         with torch.cuda.device(device):
-            compiled.run
+            _ = compiled.run  # it is loaded, and the C function that launches it compiled
 
     with _lock, ThreadPoolExecutor() as pool:
         function.run, token = run, _compiles_only.set(True)

@@ -110,7 +110,7 @@ def paged_prefill_attention(
     """
     out, pdl = torch.empty_like(q) if out is None else out, overlaps(q)
     inputs = q, k_cache, v_cache, block_tables, context_lens, cu_seqlens
-    if takes_hopper(q, k_cache, v_cache, max_new):
+    if takes_hopper(q, k_cache, v_cache, max_new, len(block_tables) - first_seq):
         return prefill_hopper(out, *inputs, max_new, scale * LOG2_E, first_seq)
     (num_heads, head_dim), (block_size, num_kv_heads) = q.shape[1:], k_cache.shape[1:3]
     tile, stages = (32, 1) if q.element_size() == 4 else (64, 2)

@@ -221,14 +221,18 @@ def prefill_hopper_kernel(
 
 
 SHORTEST = 512  # with fewer new tokens a sequence the plain kernel is as fast, or faster
+EMPTY = 2  # programs for each that may have rows: many empty ones cost more than it wins
 
 
-def takes_hopper(q, k_cache, v_cache, max_new: int) -> bool:
+def takes_hopper(q, k_cache, v_cache, max_new: int, num_seqs: int) -> bool:
     """Is this batch, whose longest sequence brings `max_new` tokens, one for this kernel?"""
-    fits = q.shape[2] in (64, 128) and k_cache.shape[1] % int(TILE) == 0 and max_new >= SHORTEST
+    rows, tensors = 2 * int(ROWS), (q, k_cache, v_cache)
+    full = EMPTY * (triton.cdiv(len(q), rows) + num_seqs)
+    fits = max_new >= SHORTEST and num_seqs * triton.cdiv(max_new, rows) <= full
+    fits &= q.shape[2] in (64, 128) and k_cache.shape[1] % int(TILE) == 0
     if not (HAS_GLUON and fits and is_hopper(q) and q.dtype in (torch.bfloat16, torch.float16)):
         return False
-    return all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (q, k_cache, v_cache))
+    return all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in tensors)
 
 
 def prefill_hopper(

@@ -128,6 +128,7 @@ class Sampler(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.group = get_group()
+        self.is_alone = self.group.size == 1
 
     def forward(
         self, logits: torch.Tensor, sampling: SamplingTensors, first: int = 0

@@ -49,9 +49,14 @@ class Script(torch.nn.Module):
         super().__init__()
         self.lines, self.num_prompt_tokens = lines, num_prompt_tokens
 
-    def forward(self, logits: torch.Tensor, sampling, first: int = 0) -> torch.Tensor:
+    def resample(self, *rest) -> None:
+        """Nobody asks for a filter."""
+
+    def choose(self, logits: torch.Tensor, sampling, first: int = 0) -> torch.Tensor:
         found = []
         for seed, position in zip(sampling.seeds.tolist(), sampling.positions.tolist()):
             line, at = self.lines.get(seed, []), position - self.num_prompt_tokens
             found.append(line[at] if 0 <= at < len(line) else VOCAB["a"])
         return torch.tensor(found, dtype=torch.int64, device=logits.device)
+
+    forward = choose

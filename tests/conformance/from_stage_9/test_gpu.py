@@ -191,7 +191,7 @@ def test_a_step_that_is_padded_writes_only_its_own_slots(monkeypatch):
             changed = (runner.kv_cache != before).flatten(2, 3)  # [2, layers, slots, heads, dim]
             for part in changed.flatten(0, 1):  # of every layer, the keys and the values
                 assert set(part.flatten(1).any(1).nonzero().flatten().tolist()) == own
-        assert [tuple(shape) for shape in shapes] == [(64, 8)] + [(8, 8)] * 3
+        assert [tuple(shape) for shape in shapes] == [(64, 8, 0)] + [(8, 8, 8)] * 3
         assert set(shapes) <= set(runner.graphs.recorded)
         for seq in seqs:
             llm.abort(seq.seq_id)
@@ -343,7 +343,7 @@ def test_bfloat16_logits_are_close_to_the_reference(bundled, monkeypatch, batch)
         def recording(seqs):
             result, shape = run(seqs), runner.packer.shape_for(seqs)
             with torch.inference_mode():
-                rows = runner.model.compute_logits(runner.graphs.recorded[shape].ran[0])
+                rows = runner.model.compute_logits(runner.graphs.recorded[shape].hidden)
             for seq, row in zip(seqs, rows, strict=False):
                 logits.setdefault(seq.seq_id, []).append(row.float().cpu())
             return result
