@@ -31,7 +31,7 @@ soak: $(FULL)  ## the long runs: 200,000 random operations, 2,000 requests in a 
 	@$(BIN)/python tests/bench_scheduler.py
 
 gpu: $(FULL)  ## on a GPU: kernels, the conformance suite, 20,000 requests through one engine
-	@$(BIN)/python -m pytest -q tests/test_kernels.py
+	@$(BIN)/python -m pytest -q -n 4 tests/test_kernels.py
 	@NANOVLLM_DEVICE=cuda $(BIN)/python -m pytest -q -n 4 -m "not gpu" tests/conformance
 	@NANOVLLM_DEVICE=cuda NANOVLLM_REQUESTS=20000 $(BIN)/python -m pytest -q -m gpu tests/conformance
 

@@ -73,6 +73,8 @@ def execute(path: Path, notebook: dict[str, Any], timeout: int) -> dict[str, Any
     # The bundled model's products are too small to share between threads: on a busy machine
     # threads that wait for one another make single steps ten times as slow.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Without ipywidgets a progress bar is text, which is what a page can show.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     node = nbformat.reads(json.dumps(notebook), as_version=4)
     client = NotebookClient(
         node,
