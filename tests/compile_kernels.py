@@ -74,6 +74,8 @@ def pretend() -> None:
         }.items():
             if hasattr(module, name):
                 setattr(module, name, pretended)
+        if hasattr(module, "EMPTY"):
+            module.EMPTY = 1 << 20  # a batch is worth the Hopper kernel however small it is
 
 
 def attention(dtype: torch.dtype, head_dim: int, group: int, block_size: int) -> None:
