@@ -19,9 +19,8 @@ class Replayed:
 
     def replay(self) -> None:
         self.num_replays += 1
-        returned = self.run()
-        if returned is not None:
-            self.returned.copy_(returned)
+        for tensor, again in zip(self.returned or (), self.run() or (), strict=True):
+            tensor.copy_(again)
 
 
 def capture(run: Callable[[], Any], pool: None) -> tuple[Replayed, Any]:
