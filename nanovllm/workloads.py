@@ -1,4 +1,4 @@
-"""What the benchmark runs: published shapes, and two workloads."""
+"""What the benchmark runs: published shapes, and workloads."""
 
 from dataclasses import dataclass
 from random import Random

@@ -106,7 +106,7 @@ def choose(
     noise = exponential_noise(seed, position, column)
     score = tl.where(kept, (x - best) * cold - LN_2 * tl.log2(noise), -float("inf"))
     won = kept & (score == tl.max(score, axis=0))
-    token = tl.max(tl.where(won, column, 0), axis=0)
+    token = tl.min(tl.where(won, column, 2**31 - 1), axis=0)
     return token, (count <= ROOM) & (is_all | (bound <= held))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
@@ -113,8 +113,8 @@ def compiled_together() -> Iterator[None]:
 
     with _lock, ThreadPoolExecutor() as pool:
         function.run, token = run, _compiles_only.set(True)
-        try:
-            with triton.AsyncCompileMode(pool):
+        try:  # a Triton that is too old for it compiles them one after the other
+            with getattr(triton, "AsyncCompileMode", nullcontext)(pool):
                 yield
         finally:
             _compiles_only.reset(token)
