@@ -33,6 +33,29 @@ class SamplingParams:
     )
     stop: str | list[str] | tuple[str, ...] = option((), "stop at this text; it is not returned")
     stop_token_ids: list[int] | tuple[int, ...] = option((), "stop after one of these tokens")
+    repetition_penalty: float = option(
+        1.0, "divide the logits of tokens that prompt or completion hold by this", above=0
+    )
+    presence_penalty: float = option(
+        0.0, "subtract this for tokens that the completion holds", minimum=-2, maximum=2
+    )
+    frequency_penalty: float = option(
+        0.0, "subtract this for each time that the completion holds it", minimum=-2, maximum=2
+    )
+    logprobs: int | None = option(
+        None,
+        "tell each token's log-probability, and those of so many likely ones",
+        minimum=0,
+        maximum=20,
+    )
+    prompt_logprobs: int | None = option(
+        None, "the same for each token of the prompt", minimum=0, maximum=20
+    )
+
+    @property
+    def is_penalised(self) -> bool:
+        """Do the tokens so far count for the next one?"""
+        return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
 
     def __post_init__(self) -> None:
         check_options(self)

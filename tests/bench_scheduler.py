@@ -29,6 +29,9 @@ class Sampled:
     def token_ids(self) -> list[int]:
         return self.numbers
 
+    def told(self, token_ids: list[int]) -> tuple:
+        return ()
+
 
 def steps(scheduler: Scheduler, number: int) -> tuple[list[float], list[float]]:
     """Milliseconds that schedule() and postprocess() take in each of so many steps."""

@@ -48,9 +48,12 @@ class BlockManager:
         """The prefixes of a waiting sequence whose blocks are in the cache, the longest last.
 
         It goes on from where the last call for this sequence ended, so that a prompt that waits
-        is not hashed again with every step.
+        is not hashed again with every step. One whose prompt is to be scored has none.
         """
         found, size = seq.prefixes, self.block_size
+        if seq.params.prompt_logprobs is not None:
+            found.clear()
+            return found
         while found and not found[-1].block_ids:
             found.pop()
         while self.enable_prefix_caching and (len(found) + 1) * size <= len(seq):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,7 +30,12 @@ def graph_shapes(max_num_tokens: int, max_num_seqs: int) -> list[Shape]:
     return sorted(shapes)
 
 
-Ran = tuple[torch.Tensor, torch.Tensor]  # of each sequence the last hidden state, and its logits
+class Ran(NamedTuple):
+    """What a step leaves on the device, beside the sampled tokens."""
+
+    hidden: torch.Tensor  # each sequence's last hidden state, [num_seqs, hidden_size]
+    logits: torch.Tensor | None = None  # theirs, where they are at hand
+    tokens: torch.Tensor | None = None  # each token's hidden state, where prompts are scored
 
 
 @dataclass(slots=True)
@@ -38,7 +43,7 @@ class Graph:
     """A step of some shape, recorded."""
 
     step: torch.cuda.CUDAGraph  # the model, and sampling without filters
-    filters: torch.cuda.CUDAGraph | None  # sampling once more, for the rows that ask
+    again: torch.cuda.CUDAGraph | None  # sampling once more, for the rows that ask for more
     hidden: torch.Tensor  # the hidden states, in the same memory at each replay
 
 
@@ -57,26 +62,31 @@ class Graphs:
         self,
         blank_step: Callable[[Shape], Step],
         execute: Callable[[Step], Ran],
-        resample: Callable[..., None],
-        records_filters: bool,
+        resample: Callable[[Step, Ran], None],
+        records_resample: bool,
     ):
         self.blank_step, self.execute, self.resample = blank_step, execute, resample
-        self.records_filters = records_filters
+        self.records_resample = records_resample
         self.recorded: dict[Shape, Graph] = {}
 
-    def run(self, step: Step) -> None:
+    def run(self, step: Step) -> Ran:
         """Run a step whose inputs are on the device: replayed, or kernel by kernel."""
-        recorded = self.recorded.get(step.shape)
+        recorded = self.recorded_for(step)
         if recorded is None:
             ran = self.execute(step)
-            if step.filtered:
-                self.resample(step, *ran)
-            return
-        recorded.step.replay()
-        if step.filtered and recorded.filters is not None:
-            recorded.filters.replay()
-        elif step.filtered:
-            self.resample(step, recorded.hidden)
+        else:
+            recorded.step.replay()
+            ran = Ran(recorded.hidden)
+        if step.asked.more:
+            if recorded is not None and recorded.again is not None:
+                recorded.again.replay()
+            else:
+                self.resample(step, ran)
+        return ran
+
+    def recorded_for(self, step: Step) -> Graph | None:
+        """The graph that a step can be replayed by: none for one that scores prompts."""
+        return None if step.asked.reads_prompts else self.recorded.get(step.shape)
 
     def capture_all(self, shapes: list[Shape], pool: Any) -> None:
         """Record a step of each shape, the largest first: the others find room in what it took."""
@@ -86,12 +96,12 @@ class Graphs:
     @torch.inference_mode()
     def record(self, shape: Shape, pool: Any) -> Graph:
         """A step of this shape, all of it padding, run once and then recorded."""
-        step, filters = self.blank_step(shape), None
-        self.resample(step, *self.execute(step))
+        step, again = self.blank_step(shape), None
+        self.resample(step, self.execute(step))
         graph, ran = capture(partial(self.execute, step), pool)
-        if self.records_filters:
-            filters = capture(partial(self.resample, step, *ran), pool)[0]
-        return Graph(graph, filters, ran[0])
+        if self.records_resample:
+            again = capture(partial(self.resample, step, ran), pool)[0]
+        return Graph(graph, again, ran.hidden)
 
     def estimate_bytes(self, shapes: list[Shape], device: torch.device) -> int:
         """About how much memory recording these shapes will take, from three of them."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -10,11 +10,14 @@ import torch
 
 from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.graphs import Graphs, Ran, graph_shapes
+from nanovllm.engine.history import History
 from nanovllm.engine.memory import CPU_CACHE_BYTES, left_for_cache, reserved_memory, zeros
+from nanovllm.engine.result import Result, result_of, score_tokens
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import InputLayout, Inputs, Packer, Shape, Step, sampling_of
 from nanovllm.engine.warmup import warmup_steps
 from nanovllm.kernels.jit import compiled_together
+from nanovllm.kernels.penalties import penalise_
 from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.layers.attention import Attention, choose_backend
 from nanovllm.layers.sampler import Sampler, SamplingTensors
@@ -23,20 +26,6 @@ from nanovllm.parallel.group import get_group
 from nanovllm.utils.context import NUM_COUNTERS, Context, set_context
 from nanovllm.utils.loader import fill_with_noise, load_model
 from nanovllm.utils.torch_settings import DefaultDtype
-
-
-@dataclass(slots=True)
-class Result:
-    """What a step samples, once it has run."""
-
-    sampled: torch.Tensor  # [num_seqs] int64, on the host
-    done: torch.cuda.Event | None = None  # None: it is there already
-
-    def token_ids(self) -> list[int]:
-        """One new token id for each sequence: the one place where the host waits for the device."""
-        if self.done is not None:
-            self.done.synchronize()
-        return self.sampled.tolist()
 
 
 class ModelRunner:
@@ -78,7 +67,7 @@ class ModelRunner:
         return self.packer.pack(seqs)
 
     def forward(self, step: Step, inputs: Inputs) -> torch.Tensor:
-        """The hidden state of each sequence's last token, [num_seqs, hidden_size]."""
+        """The hidden states, [num_tokens, hidden_size]."""
         context = Context(
             inputs["slot_mapping"],
             inputs["block_tables"],
@@ -90,10 +79,12 @@ class ModelRunner:
             counters=self.counters,
         )
         with set_context(context):
-            hidden = self.model(inputs["input_ids"], inputs["positions"])
-        if step.shape.num_decodes < step.shape.num_seqs:
-            hidden = hidden[inputs["last"]]  # of each prompt
-        return hidden
+            return self.model(inputs["input_ids"], inputs["positions"])
+
+    def last_hidden(self, step: Step, inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden state of each sequence's last token, [num_seqs, hidden_size]."""
+        is_all = step.shape.num_decodes == step.shape.num_seqs  # each brings one token
+        return hidden if is_all else hidden[inputs["last"]]
 
     def exit(self) -> None:
         """Let go of model, cache and graphs, whoever still holds the runner; it can't run again."""
@@ -122,9 +113,14 @@ class ModelRunner:
             )
         # [key or value, layer, block, position, head, channel]
         shape = (2, len(layers), self.num_blocks, self.block_size, *heads)
-        self.kv_cache = zeros(shape, dtype, self.device)
-        for layer, k_cache, v_cache in zip(layers, *self.kv_cache, strict=True):
+        self.attach_cache(zeros(shape, dtype, self.device), layers)
+
+    def attach_cache(self, kv_cache: torch.Tensor, layers: list[Attention]) -> None:
+        """Give each layer its part of the cache, and each slot a place for its token."""
+        self.kv_cache = kv_cache
+        for layer, k_cache, v_cache in zip(layers, *kv_cache, strict=True):
             layer.k_cache, layer.v_cache, layer.backend = k_cache, v_cache, self.backend
+        self.history = History(kv_cache, num_columns=len(self.model.lm_head.weight))
 
     def warmup_model(self, config: Config) -> None:
         """Compile the kernels, and note the memory that the largest steps and graphs take."""
@@ -155,8 +151,13 @@ class ModelRunner:
         """Bring a step to the device and let it run: replayed, or kernel by kernel."""
         with self.current_device():
             self.receive(step)
-            self.graphs.run(step)
-            return self.read_sampled(step.num_seqs)
+            ran, last = self.graphs.run(step), step.layout.tensors(self.input_buffer)["last"]
+            scores = score_tokens(step.asked, ran, last, self.sampled, self.all_logits)
+            return self.read_sampled(step).with_scores(step.asked, scores)
+
+    def all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits of the whole vocabulary, from all ranks."""
+        return self.sampler.group.gather(self.model.compute_logits(hidden))
 
     def receive(self, step: Step) -> None:
         """Bring a step's inputs to the device, into the buffer that all steps share."""
@@ -165,37 +166,37 @@ class ModelRunner:
     def execute(self, step: Step) -> Ran:
         """Run the model and sample without filters, on the inputs in the buffer."""
         inputs = step.layout.tensors(self.input_buffer)
-        input_ids = resolve_tokens(inputs["input_ids"], self.sampled)
+        token_ids, history = inputs["input_ids"], self.history.tokens.view(-1)
+        input_ids = resolve_tokens(token_ids, self.sampled, history, inputs["slot_mapping"])
         hidden = self.forward(step, {**inputs, "input_ids": input_ids})
-        return hidden, self.sample(hidden, sampling_of(inputs, step.all_greedy))
+        last = self.last_hidden(step, inputs, hidden)
+        logits = self.sample(last, sampling_of(inputs, step.asked.all_greedy))
+        return Ran(last, logits, hidden if step.asked.reads_prompts else None)
 
-    def read_sampled(self, num_seqs: int) -> Result:
+    def read_sampled(self, step: Step) -> Result:
         """Ask for the step's tokens, to be read when they are there."""
-        sampled = torch.empty(num_seqs, dtype=torch.int64, pin_memory=self.on_gpu)
-        sampled.copy_(self.sampled[:num_seqs], non_blocking=True)
-        if not self.on_gpu:
-            return Result(sampled)
-        done = torch.cuda.Event()
-        done.record()
-        return Result(sampled, done)
+        return result_of(self.sampled[: step.num_seqs])
 
     def sample(self, hidden: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor:
         """One token for each row of hidden, into `sampled`; nobody's is filtered. The logits."""
-        logits, first = self.model.compute_logits(hidden), self.model.lm_head.first
-        self.sampled[: len(hidden)] = self.sampler.choose(logits, sampling, first)
+        logits = self.model.compute_logits(hidden)
+        self.choose(logits, sampling)
         return logits
 
-    def resample(
-        self, step: Step, hidden: torch.Tensor, logits: torch.Tensor | None = None
-    ) -> None:
-        """Another token, into `sampled`, for each of the rows that ask for a filter.
+    def choose(self, logits: torch.Tensor, sampling: SamplingTensors) -> None:
+        """One token for each row of logits, into `sampled`; nobody's is filtered."""
+        first = self.model.lm_head.first
+        self.sampled[: len(logits)] = self.sampler.choose(logits, sampling, first)
 
-        logits: those of hidden, where they are at hand.
-        """
-        logits = self.model.compute_logits(hidden) if logits is None else logits
-        sampling = sampling_of(step.layout.tensors(self.input_buffer))
+    def resample(self, step: Step, ran: Ran) -> None:
+        """Another token, into `sampled`, for each of the rows that ask for more."""
+        logits = self.model.compute_logits(ran.hidden) if ran.logits is None else ran.logits
+        inputs = step.layout.tensors(self.input_buffer)
+        sampling = sampling_of(inputs)
+        penalise_(logits, self.history.penalties(inputs), self.model.lm_head.first)
+        self.choose(logits, sampling)
         if not self.on_gpu:
-            sampling.filtered = torch.tensor(step.filtered, dtype=torch.int64)
+            sampling.filtered = sampling.asking()
         self.sampler.resample(self.sampled[: len(logits)], logits, sampling)
 
     def capture_cudagraph(self, shapes: list[Shape]) -> None:
@@ -233,8 +234,8 @@ class ModelRunner:
                 step = self.pack(seqs)
                 self.receive(step)
                 inputs = step.layout.tensors(self.input_buffer)
-                hidden = self.forward(step, inputs)
-                self.resample(step, hidden, self.sample(hidden, sampling_of(inputs)))
+                hidden = self.last_hidden(step, inputs, self.forward(step, inputs))
+                self.resample(step, Ran(hidden, self.sample(hidden, sampling_of(inputs))))
 
     def allocate_inputs(self, config: Config) -> None:
         """The buffer that each step's inputs are copied to, and the newest sampled tokens."""

@@ -16,6 +16,7 @@ class StreamPiece(TypedDict):
     text: str
     token_ids: list[int]
     finish_reason: str | None  # None but in the last piece
+    logprobs: list[dict[int, float]] | None  # of these tokens, where they were asked for
 
 
 class RequestMetrics(TypedDict):
@@ -32,6 +33,7 @@ class RequestOutput(StreamPiece):
 
     error: str | None  # what went wrong, where finish_reason is "error"
     metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, float] | None] | None  # None for the first token
 
 
 def metrics_of(seq: "Sequence") -> RequestMetrics:
@@ -53,9 +55,12 @@ def metrics_of(seq: "Sequence") -> RequestMetrics:
 def output_of(seq: "Sequence", tokenizer: Any) -> RequestOutput:
     """A finished sequence's result; its text ends before the stop string that ended it."""
     text = text_of(seq, tokenizer)  # first: it may fail, and then that is how the request ended
+    asked, token_ids = seq.params, seq.completion_token_ids
     return RequestOutput(
         text=text,
-        token_ids=seq.completion_token_ids,
+        token_ids=token_ids,
+        logprobs=None if asked.logprobs is None else seq.logprobs[: len(token_ids)],
+        prompt_logprobs=None if asked.prompt_logprobs is None else seq.prompt_logprobs,
         finish_reason=seq.finish_reason,
         error=str(seq.error or "") or None,
         metrics=metrics_of(seq),
@@ -94,6 +99,8 @@ class Outbox:
         if tokenizer is not None:
             seq.detokenizer = Detokenizer(tokenizer, seq.params.stop)
 
+    num_taken = 0  # tokens
+
     def take(self) -> StreamPiece:
         """What has come since the last call; with a finish_reason, and only then, it is the last.
 
@@ -102,12 +109,14 @@ class Outbox:
         seq = self.seq
         is_last = seq.is_finished  # asked first: then nothing more comes behind the piece
         token_ids = [self.unread.popleft() for _ in range(len(self.unread))]
+        start, self.num_taken = self.num_taken, self.num_taken + len(token_ids)
+        logprobs = seq.logprobs[start : self.num_taken] if seq.params.logprobs is not None else None
         if is_last:
             piece = output_of(seq, self.tokenizer)  # its text is what has not been taken
-            piece["token_ids"] = token_ids
+            piece["token_ids"], piece["logprobs"] = token_ids, logprobs
             return piece
         text = seq.detokenizer.take_ready() if seq.detokenizer else ""
-        return StreamPiece(text=text, token_ids=token_ids, finish_reason=None)
+        return StreamPiece(text=text, token_ids=token_ids, logprobs=logprobs, finish_reason=None)
 
     def pieces(self, step: Callable[[], object]) -> Iterator[StreamPiece]:
         """Every piece that holds something, to the last; `step` is called while none is there."""

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from nanovllm.config import Config, ModelConfig
-from nanovllm.engine.model_runner import ModelRunner, Result
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.result import Result
 from nanovllm.engine.step_inputs import Step
 from nanovllm.parallel.group import Group, join, open_store, set_group
 from nanovllm.parallel.ring import Reader, Writer
@@ -158,10 +159,10 @@ class ParallelRunner(ModelRunner):
         self.end_workers()
         ModelRunner.exit(self)
 
-    def read_sampled(self, num_seqs: int) -> Result:
+    def read_sampled(self, step: Step) -> Result:
         """Ask for the step's tokens, to be read when they are there."""
-        result = ModelRunner.read_sampled(self, num_seqs)
-        return WatchedResult(result.sampled, result.done, self)
+        result = ModelRunner.read_sampled(self, step)
+        return WatchedResult(result.sampled, result.done, runner=self)
 
 
 @contextmanager

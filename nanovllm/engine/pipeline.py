@@ -1,10 +1,14 @@
 """The steps in flight: launched, and not accounted for. Plain Python."""
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from nanovllm.engine.sequence import Sequence
+
+if TYPE_CHECKING:  # it needs torch
+    from nanovllm.engine.scores import Score
 
 
 class Result(Protocol):
@@ -12,6 +16,9 @@ class Result(Protocol):
 
     def token_ids(self) -> list[int]:
         """One token for each sequence of the step; waits for the device."""
+
+    def told(self, token_ids: list[int]) -> Iterable["Score"]:
+        """How likely tokens were, as far as somebody has asked."""
 
 
 @dataclass(slots=True)
@@ -52,7 +59,11 @@ class Pipeline:
         None where it gains nothing: more of its prompt is to come, or it has ended meanwhile.
         """
         step = self.steps.popleft()
-        rows = zip(step.seqs, step.result.token_ids(), step.grows, strict=True)
+        token_ids = step.result.token_ids()
+        for row, position, token_id, logprob, top in step.result.told(token_ids):
+            if not (seq := step.seqs[row]).is_finished:
+                seq.take_score(position, token_id, logprob, top)
+        rows = zip(step.seqs, token_ids, step.grows, strict=True)
         gains = [t if grows and not seq.is_finished else None for seq, t, grows in rows]
         return step.seqs, gains
 

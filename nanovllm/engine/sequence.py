@@ -44,6 +44,20 @@ class Sequence:
     first_token_time: float = 0.0  # in seconds, by time.perf_counter; once there is a token
     last_token_time: float = 0.0
     num_pending_tokens: int = 0  # placeholders at the end of token_ids: sampled, and not yet read
+    logprobs: list[dict[int, float]] = field(default_factory=list)  # of the completion's tokens
+    prompt_logprobs: list[dict[int, float] | None] = field(default_factory=lambda: [None])
+
+    def take_score(
+        self, position: int, token_id: int, logprob: float, top: list[tuple[int, float]]
+    ) -> None:
+        """Note how likely a token of this sequence was, and which ones were the likeliest."""
+        taken: list = self.prompt_logprobs
+        at, count = position, self.params.prompt_logprobs
+        if position >= self.num_prompt_tokens:
+            taken = self.logprobs
+            at, count = position - self.num_prompt_tokens, self.params.logprobs
+        if at == len(taken):
+            taken.append({token_id: logprob, **dict(top[:count])})
 
     @property
     def num_missing_tokens(self) -> int:

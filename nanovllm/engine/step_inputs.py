@@ -3,13 +3,15 @@
 import pickle
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from nanovllm.engine.asked import Asked
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.sampler import SamplingTensors, is_filtered
+from nanovllm.layers.sampler import SamplingTensors
 
 
 class Shape(NamedTuple):
@@ -37,6 +39,16 @@ class Shape(NamedTuple):
         return fewer and (self.num_decodes <= other.num_decodes or not other.num_decodes)
 
 
+CHOICES = {  # name: (type, what of the sequence it is, what the padding is)
+    "top_ks": (np.int64, "params.top_k", 0),
+    "top_ps": (np.float32, "params.top_p", 1),
+    "min_ps": (np.float32, "params.min_p", 0),
+    "repetitions": (np.float32, "params.repetition_penalty", 1),
+    "presences": (np.float32, "params.presence_penalty", 0),
+    "frequencies": (np.float32, "params.frequency_penalty", 0),
+    "prompt_lens": (np.int64, "num_prompt_tokens", 0),
+}
+
 DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
 ALIGNMENT = 16  # bytes; a kernel is compiled anew for a pointer that is aligned otherwise
 Inputs = dict[str, torch.Tensor]
@@ -53,15 +65,14 @@ class InputLayout:
             "slot_mapping": (np.int64, tokens, -1),  # -1: nothing is stored
             "seeds": (np.int64, seqs, 0),
             "lengths": (np.int64, seqs, 0),  # all its tokens: the position of the one to be sampled
-            "top_ks": (np.int64, seqs, 0),
             "last": (np.int64, seqs, 0),  # which of the step's tokens is the sequence's last
+            "table_rows": (np.int64, seqs, 0),  # which of the rows of block_tables is its own
             "temperatures": (np.float32, seqs, 0),
-            "top_ps": (np.float32, seqs, 1),
-            "min_ps": (np.float32, seqs, 0),
             "context_lens": (np.int32, seqs, 0),
             "cu_seqlens": (np.int32, (shape.num_seqs + 1,), 0),
             "order": (np.int32, seqs, 0),  # the decodes, the longest first
             "block_tables": (np.int32, (shape.num_seqs, max_blocks), -1),  # -1: no block
+            **{name: (kind, seqs, padding) for name, (kind, _, padding) in CHOICES.items()},
         }
         self.spans, self.num_bytes = {}, 0
         for name, (kind, size, _) in self.fields.items():
@@ -91,16 +102,13 @@ class Step:
     shape: Shape  # with its padding
     num_seqs: int  # without
     max_new: int  # the most tokens that a sequence brings
-    all_greedy: bool
-    filtered: list[int]  # the rows that ask for top-k, top-p or min-p
+    asked: Asked
     layout: InputLayout
     host: torch.Tensor  # the inputs as they lie in `layout`, [num_bytes] uint8
 
     def to_bytes(self) -> bytes:
         """The step as a message to another rank."""
-        head = pickle.dumps(
-            (self.shape, self.num_seqs, self.max_new, self.all_greedy, self.filtered)
-        )
+        head = pickle.dumps((self.shape, self.num_seqs, self.max_new, self.asked))
         return len(head).to_bytes(4, "little") + head + self.host.numpy().tobytes()
 
 
@@ -180,9 +188,8 @@ def prepare_sample(put: dict[str, np.ndarray], seqs: list[Sequence]) -> None:
     put["seeds"][:n] = [seq.seed for seq in seqs]
     put["lengths"][:n] = [len(seq) for seq in seqs]
     put["temperatures"][:n] = np.minimum([p.temperature for p in params], HOTTEST)
-    put["top_ks"][:n] = [p.top_k for p in params]
-    put["top_ps"][:n] = [p.top_p for p in params]
-    put["min_ps"][:n] = [p.min_p for p in params]
+    for name, (_, attribute, _) in CHOICES.items():
+        put[name][:n] = list(map(attrgetter(attribute), seqs))
 
 
 def sampling_of(inputs: Inputs, all_greedy: bool = False) -> SamplingTensors:
@@ -222,17 +229,16 @@ class Packer:
         put["last"][:num_decodes] = np.arange(num_decodes)
         ends = put["cu_seqlens"][first + 1 : first + 1 + n - num_decodes]
         put["last"][num_decodes:n] = ends - 1
+        put["table_rows"][:n] = np.r_[:num_decodes, first : first + n - num_decodes]
         put["order"][:first] = np.argsort(-put["context_lens"][:first])
-        all_greedy = n > 0 and all(seq.params.temperature == 0 for seq in seqs)
-        filtered = [row for row, seq in enumerate(seqs) if is_filtered(seq.params)]
         longest = max(counts, default=shape.prompts[0])
-        return Step(shape, n, longest, all_greedy, filtered, layout, host)
+        return Step(shape, n, longest, Asked.of(seqs), layout, host)
 
     def unpack(self, message: bytes) -> Step:
         """The step of a message; ready to be launched."""
         size = 4 + int.from_bytes(message[:4], "little")
-        shape, n, max_new, all_greedy, filtered = pickle.loads(message[4:size])
+        shape, n, max_new, asked = pickle.loads(message[4:size])
         host = torch.frombuffer(bytearray(message[size:]), dtype=torch.uint8)
         host = host.pin_memory() if self.pin_memory else host
         layout = InputLayout(shape, self.max_blocks)
-        return Step(shape, n, max_new, all_greedy, filtered, layout, host)
+        return Step(shape, n, max_new, asked, layout, host)

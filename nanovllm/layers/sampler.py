@@ -92,6 +92,13 @@ class SamplingTensors:
     filters: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     filtered: torch.Tensor | None = None  # int64: the rows that ask for one of these, if any
 
+    def asking(self) -> torch.Tensor:
+        """The rows that a filter can change, int64."""
+        assert self.filters is not None
+        top_ks, top_ps, min_ps = self.filters
+        cuts = (top_ks > 0) | (top_ps < 1) | (min_ps > 0)
+        return (cuts & (self.temperatures > 0)).nonzero().flatten()
+
     def rows(self, rows: torch.Tensor, filtered: torch.Tensor | None) -> "SamplingTensors":
         """The parameters of some rows, of which those at `filtered` ask for a filter."""
         draw = self.temperatures[rows], self.seeds[rows], self.positions[rows]

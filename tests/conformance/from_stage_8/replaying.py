@@ -20,7 +20,8 @@ class Replayed:
     def replay(self) -> None:
         self.num_replays += 1
         for tensor, again in zip(self.returned or (), self.run() or (), strict=True):
-            tensor.copy_(again)
+            if tensor is not None:
+                tensor.copy_(again)
 
 
 def capture(run: Callable[[], Any], pool: None) -> tuple[Replayed, Any]:

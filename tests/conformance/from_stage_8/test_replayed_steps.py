@@ -17,8 +17,9 @@ from replaying import record, replays
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import graphs
-from nanovllm.engine.model_runner import ModelRunner, Result
-from nanovllm.engine.step_inputs import Shape
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.result import Result
+from nanovllm.engine.step_inputs import Shape, Step
 from nanovllm.kernels.jit import interpreted
 
 pytestmark = [
@@ -198,9 +199,9 @@ class Event:
         self.sampled.copy_(self.arrives)
 
 
-def late(self: ModelRunner, num_seqs: int) -> Result:
+def late(self: ModelRunner, step: Step) -> Result:
     """In the place of `read_sampled`."""
-    arrives = self.sampled[:num_seqs].clone()
+    arrives = self.sampled[: step.num_seqs].clone()
     sampled = torch.full_like(arrives, -1)
     return Result(sampled, Event(sampled, arrives))
 

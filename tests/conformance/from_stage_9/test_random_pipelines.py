@@ -51,6 +51,9 @@ class Read:
     def token_ids(self) -> list[int]:
         return list(self.sampled)
 
+    def told(self, token_ids: list[int]) -> tuple:
+        return ()
+
 
 class PlainModel:
     """A model runner and its device; texts are known by names, equal texts by equal names."""

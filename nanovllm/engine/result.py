@@ -1,0 +1,84 @@
+"""What comes of a step, once it has run."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.engine.asked import Asked
+from nanovllm.engine.graphs import Ran
+from nanovllm.engine.scores import Score
+from nanovllm.layers.logprobs import logprobs_of
+from nanovllm.layers.sampler import ROWS
+
+
+@dataclass(slots=True)
+class Result:
+    """What a step samples, once it has run."""
+
+    sampled: torch.Tensor  # [num_seqs] int64, on the host
+    done: torch.cuda.Event | None = None  # None: it is there already
+    asked: Asked | None = None
+    scores: tuple[torch.Tensor, ...] = ()  # from logprobs_of, on the host
+
+    def with_scores(self, asked: Asked, scores: tuple[torch.Tensor, ...]) -> "Result":
+        """This result, with the scores that were asked for."""
+        self.asked, self.scores = asked, scores
+        return self
+
+    def told(self, token_ids: list[int]) -> Iterator[Score]:
+        """The scores that were asked for; token_ids: what `token_ids` has returned."""
+        if self.asked is None or not self.scores:
+            return
+        found = (part.tolist() for part in self.scores)
+        for (row, at, _, token), own, ids, top in zip(self.asked.scores.tolist(), *found):
+            token_id = token_ids[row] if token < 0 else token
+            yield Score(row, at, token_id, own, list(zip(ids, top, strict=True)))
+
+    def token_ids(self) -> list[int]:
+        """One new token id for each sequence: the one place where the host waits for the device."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.sampled.tolist()
+
+
+def read_later(source: torch.Tensor) -> torch.Tensor:
+    """A copy on the host, which is there when what the device has been given so far is done."""
+    copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+    return copy.copy_(source, non_blocking=True)
+
+
+def result_of(sampled: torch.Tensor) -> Result:
+    """The result of a step that leaves its tokens in `sampled`, [num_seqs] int64."""
+    copy = read_later(sampled)
+    done = torch.cuda.Event() if sampled.is_cuda else None
+    if done is not None:
+        done.record()
+    return Result(copy, done)
+
+
+def score_tokens(
+    asked: Asked,
+    ran: Ran,
+    last: torch.Tensor,
+    sampled: torch.Tensor,
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
+    """`logprobs_of` the tokens that are asked for, on their way to the host; () without any.
+
+    last: which of the step's tokens is each row's last, [num_seqs] int64; sampled: what the rows
+    have sampled, as many or more; logits_of: from hidden states, [n, hidden_size], to logits,
+    [n, vocab_size]
+    """
+    if len(asked.scores) == 0:
+        return ()
+    wanted = torch.from_numpy(asked.scores)
+    wanted = wanted.pin_memory() if sampled.is_cuda else wanted
+    row, _, back, token_ids = wanted.to(sampled.device, non_blocking=True).unbind(1)
+    hidden = ran.hidden[row] if ran.tokens is None else ran.tokens[last[row] - back]
+    token_ids = torch.where(token_ids < 0, sampled[row], token_ids)
+    parts = [
+        logprobs_of(logits_of(some), ids, asked.num_top)
+        for some, ids in zip(hidden.split(ROWS), token_ids.split(ROWS), strict=True)
+    ]
+    return tuple(read_later(torch.cat(part)) for part in zip(*parts, strict=True))
