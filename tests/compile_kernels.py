@@ -23,6 +23,7 @@ from nanovllm.kernels.all_reduce import all_reduce
 from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.decode_attention import paged_decode_attention
 from nanovllm.kernels.norm_rope_store import norm_rope_store
+from nanovllm.kernels.penalties import Penalties, penalise_
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
 from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.kernels.sample import sample
@@ -113,7 +114,11 @@ def layers(dtype: torch.dtype, hidden: int, heads: int, kv_heads: int, head_dim:
                 small_linear(x, weight, silu, given)
     ids, logits = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 5000, dtype=dtype)
     sample(logits, torch.ones(3), ids, ids)
-    resolve_tokens(ids, ids)
+    history, slots = torch.zeros(99, dtype=torch.int32), ids
+    resolve_tokens(ids, ids, history, slots)
+    counts, tables = torch.zeros(64, 5000, dtype=torch.int32), torch.zeros(3, 4, dtype=torch.int32)
+    costs = torch.ones(3), torch.ones(3), torch.ones(3)
+    penalise_(logits, Penalties(history.view(11, 9), counts, tables, ids, ids, ids, *costs))
     for rows in (3, 600):
         whole, ones = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
         draw, filters = (ones, whole, whole), (whole, ones, ones)

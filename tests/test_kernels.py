@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -35,13 +36,14 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from nanovllm.kernels import candidates, jit, prefill_attention, prefill_hopper
+from nanovllm.kernels import candidates, jit, penalties, prefill_attention, prefill_hopper
 from nanovllm.kernels import small_linear as small_linear_module
 from nanovllm.kernels.add_rms_norm import add_rms_norm, add_rms_norm_torch
 from nanovllm.kernels.all_reduce import all_reduce
 from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.decode_attention import paged_decode_attention
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
+from nanovllm.kernels.penalties import Penalties, penalise_, penalise_torch_
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
 from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.kernels.sample import sample, sample_best, sample_parts
@@ -833,10 +835,74 @@ def test_placeholders_become_tokens_of_the_vocabulary(size):
     row[:1] = 3 * (row[:1] // 3)
     ids = torch.where(is_known, known, -1 - row)
     expected = torch.where(is_known, known, sampled[row].clamp(min=0))
+    slots = torch.randperm(999)[:size].where(torch.rand(size) < 0.8, -1)
+    noted = torch.full((999,), -5, dtype=torch.int32)
+    noted[slots[slots >= 0]] = expected[slots >= 0].int()
+    for run, put in ((kernels, guarded), (nullcontext, torch.clone)):
+        history = torch.full((999,), -5, dtype=torch.int32)
+        history = history.to(DEV) if run is kernels else history
+        with run():
+            found = resolve_tokens(put(ids), put(sampled), history, put(slots))
+        assert torch.equal(found.cpu(), expected)
+        assert torch.equal(history.cpu(), noted)
+
+
+# Penalties
+
+
+def said(lengths: list[int], num_columns: int, block_size: int) -> dict[str, Tensor]:
+    """Sequences of few different tokens, each in scattered blocks of its own."""
+    n, sizes = len(lengths), [-(-length // block_size) for length in lengths]
+    blocks = torch.randperm(sum(sizes) + 3).int()
+    history = torch.randint(-7, num_columns + 40, (len(blocks), block_size), dtype=torch.int32)
+    tables = torch.full((n + 2, max(sizes) + 1), -1, dtype=torch.int32)
+    rows, start = torch.randperm(n + 2)[:n], 0
+    for row, size in zip(rows, sizes, strict=True):
+        tables[row, :size] = blocks[start : start + size]
+        start += size
+    few = torch.randint(0, num_columns, (9,))
+    history[:, ::2] = few[torch.randint(0, 9, history[:, ::2].shape)].int()
+    return dict(
+        history=history,
+        counts=torch.zeros(penalties.PROGRAMS, num_columns, dtype=torch.int32),
+        block_tables=tables,
+        table_rows=rows,
+        lengths=torch.tensor(lengths),
+        prompt_lens=(torch.rand(n) * torch.tensor(lengths)).long(),
+        repetitions=(torch.rand(n) + 0.5).where(torch.rand(n) < 0.7, 1.0),
+        presences=torch.randn(n).where(torch.rand(n) < 0.7, 0.0),
+        frequencies=torch.randn(n).where(torch.rand(n) < 0.7, 0.0),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("first", [0, 30])
+@pytest.mark.parametrize("lengths", [[1], [70, 0, 5], [3, 1500, 1024] if not ON_GPU else [9] * 300])
+def test_penalties_are_those_of_the_definition(lengths, first, dtype):
+    """In float64, token by token; no count is left, and what is no column does no harm."""
+    num_columns, fields = 200, said(lengths, 200, 16)
+    logits = torch.randn(len(lengths), num_columns).to(dtype) * 4
+    expected = logits.double()
+    for seq, length in enumerate(lengths):
+        table = fields["block_tables"][fields["table_rows"][seq]]
+        tokens = [int(fields["history"][table[at // 16], at % 16]) - first for at in range(length)]
+        r, p, f = (float(fields[name][seq]) for name in ("repetitions", "presences", "frequencies"))
+        generated = tokens[int(fields["prompt_lens"][seq]) :]
+        for token in {token for token in tokens if 0 <= token < num_columns}:
+            x, times = float(logits[seq, token]), generated.count(token)
+            expected[seq, token] = (x / r if x > 0 else x * r) - f * times - p * (times > 0)
+    twin = logits.clone()
+    penalise_torch_(twin, Penalties(**fields), first)
+    found = guarded(logits)
+    on_device = Penalties(**{name: tensor.to(DEV) for name, tensor in fields.items()})
     with kernels():
-        found = resolve_tokens(guarded(ids), guarded(sampled))
-    assert torch.equal(found.cpu(), expected)
-    assert torch.equal(resolve_tokens(ids, sampled), expected)
+        penalise_(found, on_device, first)
+    for changed in (twin, found.cpu()):
+        torch.testing.assert_close(
+            changed.double(), expected.to(dtype).double(), rtol=0.02, atol=1e-5
+        )
+        assert not ((changed != logits) & (expected == logits.double())).any()
+    assert not on_device.counts.any()
 
 
 # One request's NaN

@@ -18,8 +18,13 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 PROMPTS = ["Once upon a time", "One day, Tom", "The little fox was sad", "Emma"]
-STYLES = [dict(temperature=0), dict(temperature=0.8, seed=1), dict(top_k=20, seed=2)]
-PARAMS = [SamplingParams(**STYLES[i % 3], max_tokens=40, ignore_eos=True) for i in range(4)]
+STYLES = [
+    dict(temperature=0),
+    dict(temperature=0.8, seed=1, logprobs=2),
+    dict(top_k=20, seed=2),
+    dict(temperature=0, repetition_penalty=1.3, prompt_logprobs=1),
+]
+PARAMS = [SamplingParams(**STYLES[i], max_tokens=40, ignore_eos=True) for i in range(4)]
 
 
 def tokens(**options) -> list[list[int]]:

@@ -47,7 +47,13 @@ def warmed_up(folder, is_recorded: bool, **options) -> LLM:
 def mixture(random: Random, number: int, longest: int) -> tuple[list, list]:
     """Requests of all lengths; some are filtered, and many end soon, so that others may begin."""
     lengths = [random.choice((1, 1, 2, 3, 9, 15, longest - 9)) for _ in range(number)]
-    styles = dict(temperature=0), dict(temperature=0.9), dict(top_k=5), dict(top_p=0.8, top_k=9)
+    styles = [dict(temperature=0), dict(temperature=0.9), dict(top_k=5), dict(top_p=0.8, top_k=9)]
+    if hasattr(SamplingParams, "repetition_penalty"):
+        styles += [
+            dict(temperature=0, repetition_penalty=1.2),
+            dict(presence_penalty=1, logprobs=2),
+        ]
+        styles += [dict(prompt_logprobs=0)]
     params = [
         SamplingParams(**random.choice(styles), max_tokens=random.randint(1, 8), ignore_eos=True)
         for _ in range(number)

@@ -387,6 +387,9 @@ def drawn(number: int, random: Random, shared: list[int]) -> tuple[list[int], Sa
             dict(temperature=1.0, top_k=random.randint(1, 99)),
             dict(temperature=2.0, stop_token_ids=random.sample(range(1536), 50)),
             dict(temperature=1.0, stop=[random.choice("aeiou")]),
+            dict(temperature=0.5, repetition_penalty=1.2, frequency_penalty=random.random()),
+            dict(temperature=0, presence_penalty=0.7, logprobs=random.randint(0, 20)),
+            dict(temperature=0.6, top_k=20, top_p=0.95, prompt_logprobs=random.randint(0, 3)),
         )
     )
     prompt = shared[: random.choice((0, 0, 16, 40))] + prompt
