@@ -51,6 +51,9 @@ class Config:
     async_scheduling: bool | None = option(
         None, "prepare a step while the one before runs (default: on a GPU)"
     )
+    batch_invariant: bool = option(
+        False, "give a request the same bits whatever the batch is, on a GPU; slower"
+    )
 
     @property
     def max_in_flight(self) -> int:

@@ -30,6 +30,12 @@ def graph_shapes(max_num_tokens: int, max_num_seqs: int) -> list[Shape]:
     return sorted(shapes)
 
 
+def largest_shape(shapes: list[Shape], max_num_tokens: int) -> Shape:
+    """As large as any of these, and as a step of so many tokens."""
+    rows = max(shape.num_seqs for shape in shapes)
+    return Shape(max(max_num_tokens, *(shape.num_tokens for shape in shapes)), rows, rows)
+
+
 class Ran(NamedTuple):
     """What a step leaves on the device, beside the sampled tokens."""
 
@@ -88,8 +94,9 @@ class Graphs:
         """The graph that a step can be replayed by: none for one that scores prompts."""
         return None if step.asked.reads_prompts else self.recorded.get(step.shape)
 
-    def capture_all(self, shapes: list[Shape], pool: Any) -> None:
+    def capture_all(self, shapes: list[Shape], on_gpu: bool) -> None:
         """Record a step of each shape, the largest first: the others find room in what it took."""
+        pool = torch.cuda.graph_pool_handle() if on_gpu else None
         graphs = {shape: self.record(shape, pool) for shape in reversed(shapes)}
         self.recorded = {shape: graphs[shape] for shape in shapes}
 

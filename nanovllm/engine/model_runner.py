@@ -1,7 +1,7 @@
 """Runs the model: sequences in, one new token for each out."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 
 from nanovllm.config import Config, ModelConfig
-from nanovllm.engine.graphs import Graphs, Ran, graph_shapes
+from nanovllm.engine.graphs import Graphs, Ran, graph_shapes, largest_shape
 from nanovllm.engine.history import History
 from nanovllm.engine.memory import CPU_CACHE_BYTES, left_for_cache, reserved_memory, zeros
 from nanovllm.engine.result import Result, result_of, score_tokens
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import InputLayout, Inputs, Packer, Shape, Step, sampling_of
 from nanovllm.engine.warmup import warmup_steps
+from nanovllm.kernels.fixed_linear import MOST_TILES
+from nanovllm.kernels.fixed_order import fixed_order
 from nanovllm.kernels.jit import compiled_together
 from nanovllm.kernels.penalties import penalise_
 from nanovllm.kernels.resolve_tokens import resolve_tokens
@@ -133,7 +135,7 @@ class ModelRunner:
         for seqs in warmup_steps(*sizes):
             self.launch(self.pack(seqs)).token_ids()
         self.step_bytes = torch.cuda.max_memory_reserved(self.device) - before
-        with self.current_device():
+        with self.own_settings():
             shapes = self.graph_shapes(config)
             self.graph_bytes = self.graphs.estimate_bytes(shapes, self.device)
 
@@ -149,15 +151,12 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, step: Step) -> Result:
         """Bring a step to the device and let it run: replayed, or kernel by kernel."""
-        with self.current_device():
+        with self.own_settings():
             self.receive(step)
             ran, last = self.graphs.run(step), step.layout.tensors(self.input_buffer)["last"]
-            scores = score_tokens(step.asked, ran, last, self.sampled, self.all_logits)
+            logits_of = self.model.compute_logits, self.sampler.group.gather
+            scores = score_tokens(step.asked, ran, last, self.sampled, *logits_of)
             return self.read_sampled(step).with_scores(step.asked, scores)
-
-    def all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The logits of the whole vocabulary, from all ranks."""
-        return self.sampler.group.gather(self.model.compute_logits(hidden))
 
     def receive(self, step: Step) -> None:
         """Bring a step's inputs to the device, into the buffer that all steps share."""
@@ -195,15 +194,12 @@ class ModelRunner:
         sampling = sampling_of(inputs)
         penalise_(logits, self.history.penalties(inputs), self.model.lm_head.first)
         self.choose(logits, sampling)
-        if not self.on_gpu:
-            sampling.filtered = sampling.asking()
         self.sampler.resample(self.sampled[: len(logits)], logits, sampling)
 
     def capture_cudagraph(self, shapes: list[Shape]) -> None:
         """Record a step of each shape: model, logits and sampling."""
-        pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
-        with self.current_device():
-            self.graphs.capture_all(shapes, pool)
+        with self.own_settings():
+            self.graphs.capture_all(shapes, on_gpu=self.on_gpu)
         self.packer.shapes = shapes
 
     def graph_shapes(self, config: Config) -> list[Shape]:
@@ -222,14 +218,17 @@ class ModelRunner:
         self.receive(step)
         return step
 
-    def current_device(self) -> AbstractContextManager:
-        """Make the device the current one of CUDA, for the length of a `with`."""
-        return torch.cuda.device(self.device) if self.on_gpu else nullcontext()
+    @contextmanager
+    def own_settings(self) -> Iterator[None]:
+        """What this runner's kernels run with: its device, and whether sums are fixed."""
+        device = torch.cuda.device(self.device) if self.on_gpu else nullcontext()
+        with device, fixed_order(self.sum_counters):
+            yield
 
     @torch.inference_mode()
     def compile_kernels(self, steps: Iterable[list[Sequence]]) -> None:
         """Go through all that these steps launch, while launching is compiling."""
-        with self.current_device(), compiled_together():
+        with self.own_settings(), compiled_together():
             for seqs in steps:
                 step = self.pack(seqs)
                 self.receive(step)
@@ -238,13 +237,14 @@ class ModelRunner:
                 self.resample(step, Ran(hidden, self.sample(hidden, sampling_of(inputs))))
 
     def allocate_inputs(self, config: Config) -> None:
-        """The buffer that each step's inputs are copied to, and the newest sampled tokens."""
+        """What graphs find at the same address: inputs, sampled tokens, counters."""
         block_size = config.kvcache_block_size
         self.packer = Packer(block_size, -(-self.max_model_len // block_size), self.on_gpu)
         shapes = graph_shapes(self.max_num_tokens, self.max_num_seqs)
-        tokens = max(self.max_num_tokens, *(shape.num_tokens for shape in shapes))
-        rows = max(shape.num_seqs for shape in shapes)
-        num_bytes = InputLayout(Shape(tokens, rows, rows), self.packer.max_blocks).num_bytes
+        largest = largest_shape(shapes, self.max_num_tokens)
+        num_bytes = InputLayout(largest, self.packer.max_blocks).num_bytes
         self.input_buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
-        self.sampled = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.sampled = torch.zeros(largest.num_seqs, dtype=torch.int64, device=self.device)
         self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=self.device)
+        sum_counters = torch.zeros(MOST_TILES, dtype=torch.int32, device=self.device)
+        self.sum_counters = sum_counters if config.batch_invariant else None

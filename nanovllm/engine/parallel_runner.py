@@ -17,6 +17,7 @@ from nanovllm.config import Config, ModelConfig
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.result import Result
 from nanovllm.engine.step_inputs import Step
+from nanovllm.layers.attention import choose_backend
 from nanovllm.parallel.group import Group, join, open_store, set_group
 from nanovllm.parallel.ring import Reader, Writer
 from nanovllm.parallel.workers import Workers
@@ -186,5 +187,11 @@ def make_runner(
     config: Config, model_config: ModelConfig, folder: Path, max_model_len: int
 ) -> ModelRunner:
     """What runs a model on one device, or on several."""
-    runner = ParallelRunner if config.tensor_parallel_size > 1 else ModelRunner
+    size, backend = config.tensor_parallel_size, choose_backend(config, model_config.head_dim)
+    if config.batch_invariant and (size > 1 or backend != "triton"):
+        raise ValueError(
+            "batch_invariant=True needs this project's kernels on one GPU, got "
+            f"attention_backend={backend!r} and tensor_parallel_size={size}"
+        )
+    runner = ParallelRunner if size > 1 else ModelRunner
     return runner(config, model_config, folder, max_model_len)

@@ -62,13 +62,14 @@ def score_tokens(
     ran: Ran,
     last: torch.Tensor,
     sampled: torch.Tensor,
-    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    gather: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, ...]:
     """`logprobs_of` the tokens that are asked for, on their way to the host; () without any.
 
     last: which of the step's tokens is each row's last, [num_seqs] int64; sampled: what the rows
-    have sampled, as many or more; logits_of: from hidden states, [n, hidden_size], to logits,
-    [n, vocab_size]
+    have sampled, as many or more; compute_logits: from hidden states, [n, hidden_size], to this
+    rank's logits; gather: to those of all ranks, [n, vocab_size]
     """
     if len(asked.scores) == 0:
         return ()
@@ -78,7 +79,7 @@ def score_tokens(
     hidden = ran.hidden[row] if ran.tokens is None else ran.tokens[last[row] - back]
     token_ids = torch.where(token_ids < 0, sampled[row], token_ids)
     parts = [
-        logprobs_of(logits_of(some), ids, asked.num_top)
+        logprobs_of(gather(compute_logits(some)), ids, asked.num_top)
         for some, ids in zip(hidden.split(ROWS), token_ids.split(ROWS), strict=True)
     ]
     return tuple(read_later(torch.cat(part)) for part in zip(*parts, strict=True))

@@ -2,6 +2,7 @@
 
 import torch
 
+from nanovllm.kernels.fixed_order import order_is_fixed
 from nanovllm.kernels.jit import num_processors, overlaps, tl, triton, wait_for_inputs
 from nanovllm.kernels.likely_tokens import asks_for_less, key_at, keys_of, take
 from nanovllm.kernels.sample import LN_2, TINY, exponential_noise
@@ -152,6 +153,11 @@ ROOM, CHUNK = 2048, 32  # candidates of a row, parts that are read at a time
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+def has_many_rows(logits: torch.Tensor) -> bool:
+    """Are there rows for all multiprocessors, and more?"""
+    return len(logits) > num_processors(logits.device) or order_is_fixed()
+
+
 def sample_filtered_(
     token_ids: torch.Tensor, logits: torch.Tensor, draw: Three, filters: Three
 ) -> None:
@@ -163,7 +169,7 @@ def sample_filtered_(
     """
     left = sample_candidates_(token_ids, logits, draw, filters)
     # Half a multiprocessor's registers for a row, or all of them where the rows are few.
-    many, pdl = len(logits) > num_processors(logits.device), overlaps(logits)
+    many, pdl = has_many_rows(logits), overlaps(logits)
     whole_row_kernel[len(logits),](
         token_ids, left, logits, *draw, *filters, logits.shape[1], SHIFT=spare_bits(logits),
         BLOCK=4096 if many else 8192, PDL=pdl, launch_pdl=pdl, num_warps=8 if many else 16,

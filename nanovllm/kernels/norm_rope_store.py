@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels.fixed_order import order_is_fixed
 from nanovllm.kernels.jit import overlaps, tl, triton, uses_triton, wait_for_inputs
 from nanovllm.kernels.store_kvcache import store_kvcache
 
@@ -111,7 +112,12 @@ def norm_rope_store_kernel(
     copy_values(v_cache, values, slot, first, NUM_KV_HEADS, HEADS, V_ROWS, DIM)
 
 
-FEW_TOKENS = 512  # up to here a program takes one key head, for there are few programs
+FEW_TOKENS = 512
+
+
+def takes_all_heads(num_tokens: int) -> bool:
+    """Does a program take all key heads of a token, or one? With few tokens one: all are busy."""
+    return num_tokens > FEW_TOKENS or order_is_fixed()
 
 
 def norm_rope_store(
@@ -138,7 +144,7 @@ def norm_rope_store(
         return norm_rope_store_torch(qkv, *rest)
     num_tokens, num_heads = len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads
     q, group = qkv.new_empty((num_tokens, num_heads, head_dim)), num_heads // num_kv_heads
-    many, pdl = num_tokens > FEW_TOKENS, overlaps(qkv)
+    many, pdl = takes_all_heads(num_tokens), overlaps(qkv)
     heads = num_kv_heads if many else 1  # of a token, for one program
     norm_rope_store_kernel[num_tokens, num_kv_heads // heads](
         q, qkv, *rest, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEADS=heads,

@@ -3,6 +3,7 @@
 import torch
 
 from nanovllm.kernels.attention_tile import LOG2_E, take_scores, tile_slots
+from nanovllm.kernels.fixed_order import order_is_fixed
 from nanovllm.kernels.jit import overlaps, tl, triton, wait_for_inputs
 from nanovllm.kernels.prefill_hopper import prefill_hopper, takes_hopper
 
@@ -106,11 +107,10 @@ def paged_prefill_attention(
     [cu_seqlens[i], cu_seqlens[i + 1]), the last ones of its context_lens[i]; at most `max_new`.
     k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim]; block_tables: [num_seqs,
     max_blocks]; context_lens, cu_seqlens: int32. The sequences before `first_seq` are left out.
-    (A slice would do that too, but a kernel is compiled anew for an address aligned otherwise.)
     """
-    out, pdl = torch.empty_like(q) if out is None else out, overlaps(q)
+    out, pdl, fixed = torch.empty_like(q) if out is None else out, overlaps(q), order_is_fixed()
     inputs = q, k_cache, v_cache, block_tables, context_lens, cu_seqlens
-    if takes_hopper(q, k_cache, v_cache, max_new, len(block_tables) - first_seq):
+    if not fixed and takes_hopper(q, k_cache, v_cache, max_new, len(block_tables) - first_seq):
         return prefill_hopper(out, *inputs, max_new, scale * LOG2_E, first_seq)
     (num_heads, head_dim), (block_size, num_kv_heads) = q.shape[1:], k_cache.shape[1:3]
     tile, stages = (32, 1) if q.element_size() == 4 else (64, 2)
@@ -118,5 +118,6 @@ def paged_prefill_attention(
         out, *inputs, scale * LOG2_E, block_tables.stride(0), first_seq,
         BLOCK_SIZE=block_size, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         BLOCK_M=BLOCK_M, TILE=tile, PDL=pdl, launch_pdl=pdl, num_warps=4, num_stages=stages,
+        enable_fp_fusion=not fixed,
     )  # fmt: skip
     return out

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels.fixed_linear import fixed_linear
+from nanovllm.kernels.fixed_order import order_is_fixed
 from nanovllm.kernels.jit import overlaps, tl, triton, uses_triton, wait_for_inputs
 
 
@@ -117,9 +119,9 @@ def is_light(weight: torch.Tensor) -> bool:
 
 
 def is_small(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Are these so few tokens that `small_linear` is the faster one?"""
+    """Are these so few tokens that `small_linear` is the faster one, and may be taken?"""
     most = MAX_TOKENS if is_light(weight) else MAX_VECTORS
-    return uses_triton(x) and len(x) <= most
+    return uses_triton(x) and len(x) <= most and not order_is_fixed()
 
 
 def launch_small(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, silu: bool) -> None:
@@ -186,6 +188,8 @@ def linear(
     counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x Wᵀ (+ b), for any number of tokens."""
+    if order_is_fixed():
+        return fixed_linear(x, weight, bias)
     if bias is None and is_small(x, weight):
         return small_linear(x, weight, counters=counters)
     return F.linear(x, weight, bias)

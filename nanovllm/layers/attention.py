@@ -8,6 +8,7 @@ from torch import nn
 
 from nanovllm.config import Config
 from nanovllm.kernels.decode_attention import paged_decode_attention
+from nanovllm.kernels.fixed_order import order_is_fixed
 from nanovllm.kernels.jit import is_interpreted
 from nanovllm.kernels.norm_rope_store import norm_rope_store
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
@@ -163,7 +164,9 @@ def triton_attention(
     """Decodes and prompts by this project's kernels."""
     out, n, tables = torch.empty_like(q), context.num_decodes, context.block_tables
     lens, starts = context.context_lens, context.cu_seqlens
-    if n > 0:
+    if n > 0 and order_is_fixed():
+        paged_prefill_attention(q, k_cache, v_cache, tables[:n], lens, starts, 1, scale, out)
+    elif n > 0:
         paged_decode_attention(
             q, k_cache, v_cache, tables[:n], lens, scale, out,
             order=context.order, counters=context.counters,

@@ -159,7 +159,7 @@ class Sampler(nn.Module):
         if uses_triton(logits):
             draw = sampling.temperatures, sampling.seeds, sampling.positions
             sample_filtered_(token_ids, logits, draw, sampling.filters)
-        elif (rows := sampling.filtered) is not None:
+        elif len(rows := sampling.asking()) > 0:
             token_ids[rows] = sample_in_turn(logits, sampling, rows, keep=True)
 
     def choose(
