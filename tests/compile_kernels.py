@@ -22,13 +22,14 @@ from nanovllm.kernels.add_rms_norm import add_rms_norm
 from nanovllm.kernels.all_reduce import all_reduce
 from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.decode_attention import paged_decode_attention
+from nanovllm.kernels.fixed_order import fixed_order
 from nanovllm.kernels.norm_rope_store import norm_rope_store
 from nanovllm.kernels.penalties import Penalties, penalise_
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
 from nanovllm.kernels.resolve_tokens import resolve_tokens
 from nanovllm.kernels.sample import sample
 from nanovllm.kernels.silu_and_mul import silu_and_mul
-from nanovllm.kernels.small_linear import small_linear
+from nanovllm.kernels.small_linear import linear, small_linear
 from nanovllm.kernels.store_kvcache import store_kvcache
 
 CAPABILITY = int(sys.argv[1])
@@ -116,6 +117,9 @@ def layers(dtype: torch.dtype, hidden: int, heads: int, kv_heads: int, head_dim:
     sample(logits, torch.ones(3), ids, ids)
     history, slots = torch.zeros(99, dtype=torch.int32), ids
     resolve_tokens(ids, ids, history, slots)
+    for size, n in product((256, 1000), (3, 300)):
+        with fixed_order(torch.zeros(9, dtype=torch.int32)):
+            linear(torch.zeros(n, size, dtype=dtype), torch.zeros(70, size, dtype=dtype))
     counts, tables = torch.zeros(64, 5000, dtype=torch.int32), torch.zeros(3, 4, dtype=torch.int32)
     costs = torch.ones(3), torch.ones(3), torch.ones(3)
     penalise_(logits, Penalties(history.view(11, 9), counts, tables, ids, ids, ids, *costs))
