@@ -22,6 +22,7 @@ from nanovllm.kernels.add_rms_norm import add_rms_norm
 from nanovllm.kernels.all_reduce import all_reduce
 from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.decode_attention import paged_decode_attention
+from nanovllm.kernels.fixed_attention import fixed_attention
 from nanovllm.kernels.fixed_order import fixed_order
 from nanovllm.kernels.norm_rope_store import norm_rope_store
 from nanovllm.kernels.penalties import Penalties, penalise_
@@ -91,6 +92,8 @@ def attention(dtype: torch.dtype, head_dim: int, group: int, block_size: int) ->
     starts = torch.arange(batch + 1, dtype=torch.int32)
     for max_new in (1, 512):
         paged_prefill_attention(q, *caches, tables, lens, starts, max_new, 0.1)
+    for new in (1, max_new):
+        fixed_attention(q, *caches, tables, lens, starts, new, 0.1, torch.empty_like(q))
 
 
 def layers(dtype: torch.dtype, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:

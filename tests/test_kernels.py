@@ -37,11 +37,13 @@ from kernel_cases import (
 from torch import Tensor
 
 from nanovllm.kernels import candidates, jit, penalties, prefill_attention, prefill_hopper
+from nanovllm.kernels import fixed_attention as fixed_attention_module
 from nanovllm.kernels import small_linear as small_linear_module
 from nanovllm.kernels.add_rms_norm import add_rms_norm, add_rms_norm_torch
 from nanovllm.kernels.all_reduce import all_reduce
 from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.decode_attention import paged_decode_attention
+from nanovllm.kernels.fixed_attention import fixed_attention
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.penalties import Penalties, penalise_, penalise_torch_
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
@@ -903,6 +905,41 @@ def test_penalties_are_those_of_the_definition(lengths, first, dtype):
         )
         assert not ((changed != logits) & (expected == logits.double())).any()
     assert not on_device.counts.any()
+
+
+# A fixed order
+
+
+@each_dtype
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (6, 2, 32), (8, 1, 16)])
+def test_fixed_attention_is_attention_and_the_same_for_any_portion(
+    heads, kv_heads, head_dim, dtype, monkeypatch
+):
+    """Whole prompts, their last tokens, and a decode: right, and equal to the bit."""
+    if not ON_GPU:  # NumPy's products depend on the size of a tile
+        monkeypatch.setattr(fixed_attention_module, "FEW_ROWS", 64)
+    spans = [(70, 70), (1, 1), (20, 90)]
+    batch = PagedBatch(spans, 16, heads, kv_heads, head_dim, dtype)
+    caches, lens = (batch.k_cache, batch.v_cache), batch.on_device(batch.lens)
+
+    def attend(count: int) -> list[Tensor]:
+        """The last `count` tokens of each text, or all that it asks for."""
+        rows = [
+            batch.q[stop - min(count, stop - start) : stop]
+            for start, stop in zip(batch.starts, batch.starts[1:])
+        ]
+        starts = batch.on_device([0, *torch.tensor([len(row) for row in rows]).cumsum(0).tolist()])
+        q = torch.cat(rows)
+        inputs = q, *caches, batch.tables, lens, starts, min(count, 70), batch.scale
+        with kernels():
+            found = fixed_attention(*inputs, torch.empty_like(q))
+        return list(found.split([len(row) for row in rows]))
+
+    whole = attend(70)
+    check(torch.cat(whole), batch.expected(), factor=2)
+    for count in (1, 2, 17, 33):
+        for part, full in zip(attend(count), whole, strict=True):
+            assert torch.equal(part, full[-len(part) :])
 
 
 # One request's NaN

@@ -60,9 +60,9 @@ class Pipeline:
         """
         step = self.steps.popleft()
         token_ids = step.result.token_ids()
-        for row, position, token_id, logprob, top in step.result.told(token_ids):
+        for row, position, token_id, logprob, likely, logprobs in step.result.told(token_ids):
             if not (seq := step.seqs[row]).is_finished:
-                seq.take_score(position, token_id, logprob, top)
+                seq.take_score(position, token_id, logprob, likely, logprobs)
         rows = zip(step.seqs, token_ids, step.grows, strict=True)
         gains = [t if grows and not seq.is_finished else None for seq, t, grows in rows]
         return step.seqs, gains

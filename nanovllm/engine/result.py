@@ -9,7 +9,6 @@ from nanovllm.engine.asked import Asked
 from nanovllm.engine.graphs import Ran
 from nanovllm.engine.scores import Score
 from nanovllm.layers.logprobs import logprobs_of
-from nanovllm.layers.sampler import ROWS
 
 
 @dataclass(slots=True)
@@ -19,21 +18,22 @@ class Result:
     sampled: torch.Tensor  # [num_seqs] int64, on the host
     done: torch.cuda.Event | None = None  # None: it is there already
     asked: Asked | None = None
-    scores: tuple[torch.Tensor, ...] = ()  # from logprobs_of, on the host
+    scores: torch.Tensor | None = None  # from logprobs_of, on the host
 
-    def with_scores(self, asked: Asked, scores: tuple[torch.Tensor, ...]) -> "Result":
+    def with_scores(self, asked: Asked, scores: torch.Tensor | None) -> "Result":
         """This result, with the scores that were asked for."""
         self.asked, self.scores = asked, scores
         return self
 
     def told(self, token_ids: list[int]) -> Iterator[Score]:
         """The scores that were asked for; token_ids: what `token_ids` has returned."""
-        if self.asked is None or not self.scores:
+        if self.asked is None or self.scores is None:
             return
-        found = (part.tolist() for part in self.scores)
-        for (row, at, _, token), own, ids, top in zip(self.asked.scores.tolist(), *found):
-            token_id = token_ids[row] if token < 0 else token
-            yield Score(row, at, token_id, own, list(zip(ids, top, strict=True)))
+        n = self.scores.shape[1] // 2
+        ids = self.scores[:, 1 + n :].long().tolist()
+        rows = zip(self.asked.scores.tolist(), self.scores.tolist(), ids, strict=True)
+        for (row, at, _, token), (own, *rest), likely in rows:
+            yield Score(row, at, token_ids[row] if token < 0 else token, own, likely, rest)
 
     def token_ids(self) -> list[int]:
         """One new token id for each sequence: the one place where the host waits for the device."""
@@ -57,6 +57,9 @@ def result_of(sampled: torch.Tensor) -> Result:
     return Result(copy, done)
 
 
+SCORED = 256  # rows at a time, for logits are large
+
+
 def score_tokens(
     asked: Asked,
     ran: Ran,
@@ -64,15 +67,15 @@ def score_tokens(
     sampled: torch.Tensor,
     compute_logits: Callable[[torch.Tensor], torch.Tensor],
     gather: Callable[[torch.Tensor], torch.Tensor],
-) -> tuple[torch.Tensor, ...]:
-    """`logprobs_of` the tokens that are asked for, on their way to the host; () without any.
+) -> torch.Tensor | None:
+    """`logprobs_of` the tokens that are asked for, on their way to the host; None without any.
 
     last: which of the step's tokens is each row's last, [num_seqs] int64; sampled: what the rows
     have sampled, as many or more; compute_logits: from hidden states, [n, hidden_size], to this
     rank's logits; gather: to those of all ranks, [n, vocab_size]
     """
     if len(asked.scores) == 0:
-        return ()
+        return None
     wanted = torch.from_numpy(asked.scores)
     wanted = wanted.pin_memory() if sampled.is_cuda else wanted
     row, _, back, token_ids = wanted.to(sampled.device, non_blocking=True).unbind(1)
@@ -80,6 +83,6 @@ def score_tokens(
     token_ids = torch.where(token_ids < 0, sampled[row], token_ids)
     parts = [
         logprobs_of(gather(compute_logits(some)), ids, asked.num_top)
-        for some, ids in zip(hidden.split(ROWS), token_ids.split(ROWS), strict=True)
+        for some, ids in zip(hidden.split(SCORED), token_ids.split(SCORED), strict=True)
     ]
-    return tuple(read_later(torch.cat(part)) for part in zip(*parts, strict=True))
+    return read_later(torch.cat(parts))

@@ -14,7 +14,8 @@ class Score(NamedTuple):
     position: int  # in its sequence
     token_id: int
     logprob: float
-    top: list[tuple[int, float]]  # the likeliest tokens, each with its own
+    likely: list[int]  # the likeliest tokens
+    logprobs: list[float]  # and theirs; what lies behind them is something else
 
 
 def wanted_scores(seqs: list[Sequence]) -> np.ndarray:

@@ -48,7 +48,7 @@ class Sequence:
     prompt_logprobs: list[dict[int, float] | None] = field(default_factory=lambda: [None])
 
     def take_score(
-        self, position: int, token_id: int, logprob: float, top: list[tuple[int, float]]
+        self, position: int, token_id: int, logprob: float, likely: list[int], logprobs: list[float]
     ) -> None:
         """Note how likely a token of this sequence was, and which ones were the likeliest."""
         taken: list = self.prompt_logprobs
@@ -57,7 +57,7 @@ class Sequence:
             taken = self.logprobs
             at, count = position - self.num_prompt_tokens, self.params.logprobs
         if at == len(taken):
-            taken.append({token_id: logprob, **dict(top[:count])})
+            taken.append({token_id: logprob, **dict(zip(likely[:count], logprobs, strict=False))})
 
     @property
     def num_missing_tokens(self) -> int:

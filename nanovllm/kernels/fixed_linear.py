@@ -8,41 +8,38 @@ from nanovllm.kernels.jit import overlaps, tl, triton, wait_for_inputs
 
 @triton.jit
 def product_of_part(
-    x, weight, token, row, num_tokens, num_rows, start,
-    SIZE: tl.constexpr, PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, weight, row, token, num_rows, num_tokens, start,
+    SIZE: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One part of the sum of some tokens' products with some rows, [BLOCK_M, BLOCK_N] float32."""
-    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    column = start + tl.arange(0, BLOCK_K)
-    # What lies behind the end is some token's or row's, is computed, and is not stored.
-    x += tl.minimum(token, num_tokens - 1)[:, None].to(tl.int64) * SIZE + column[None, :]
-    weight += tl.minimum(row, num_rows - 1)[None, :].to(tl.int64) * SIZE + column[:, None]
+    """One part of the sum of some rows' products with some tokens, [BLOCK_N, BLOCK_M] float32."""
+    y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    column, there = start + tl.arange(0, BLOCK_K), (token < num_tokens)[None, :]
+    # What lies behind the last row is that row once more; it is not stored.
+    weight += tl.minimum(row, num_rows - 1)[:, None].to(tl.int64) * SIZE + column[None, :]
+    x += token[None, :].to(tl.int64) * SIZE + column[:, None]
     for at in range(0, PART, BLOCK_K):
         if PART % BLOCK_K == 0:
-            a, b = tl.load(x + at), tl.load(weight + at)
+            a, b = tl.load(weight + at), tl.load(x + at, mask=there, other=0.0)
         else:
             inside = column + at < start + PART
-            a = tl.load(x + at, mask=inside[None, :], other=0.0)
-            b = tl.load(weight + at, mask=inside[:, None], other=0.0)
+            a = tl.load(weight + at, mask=inside[None, :], other=0.0)
+            b = tl.load(x + at, mask=there & inside[:, None], other=0.0)
         y = tl.dot(a, b, y, input_precision="ieee")
     return y
 
 
 @triton.jit
 def sum_of_parts(
-    parts, counters, y, token, row, num_tokens, num_rows,
-    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    parts, counters, y, at, there, size,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Leave a part for the last program of this tile, which gets the sum; and is it this one?"""
     tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    at = token[:, None].to(tl.int64) * num_rows + row[None, :]
-    there = (token < num_tokens)[:, None] & (row < num_rows)[None, :]
-    size = num_tokens.to(tl.int64) * num_rows
     tl.store(parts + tl.program_id(2) * size + at, y, mask=there)
     tl.debug_barrier()  # all of this part is written before it is counted
     is_last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == PARTS - 1
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if is_last:
         tl.store(counters + tile, 0)
         for part in range(PARTS):
@@ -54,49 +51,57 @@ def sum_of_parts(
 def fixed_linear_kernel(
     out, parts, counters, x, weight, bias, num_tokens, num_rows,
     SIZE: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, APART: tl.constexpr,
-    BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program BLOCK_M tokens and BLOCK_N rows of the weights; of the sum one part, or all."""
-    token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """One program BLOCK_N rows of the weights and BLOCK_M tokens; of the sum one part, or all."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = token[None, :].to(tl.int64) * num_rows + row[:, None]
+    there = (row < num_rows)[:, None] & (token < num_tokens)[None, :]
     wait_for_inputs(PDL)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    is_last = True
+    total, is_last = tl.zeros([BLOCK_N, BLOCK_M], tl.float32), True
     if APART:
         y = product_of_part(
-            x, weight, token, row, num_tokens, num_rows, tl.program_id(2) * PART, SIZE, PART,
-            BLOCK_M, BLOCK_N, BLOCK_K,
+            x, weight, row, token, num_rows, num_tokens, tl.program_id(2) * PART, SIZE, PART,
+            BLOCK_N, BLOCK_M, BLOCK_K,
         )  # fmt: skip
-        total, is_last = sum_of_parts(
-            parts, counters, y, token, row, num_tokens, num_rows, PARTS, BLOCK_M, BLOCK_N
-        )
+        size = num_tokens.to(tl.int64) * num_rows
+        total, is_last = sum_of_parts(parts, counters, y, at, there, size, PARTS, BLOCK_N, BLOCK_M)
     else:
         for part in range(PARTS):
             total += product_of_part(
-                x, weight, token, row, num_tokens, num_rows, part * PART, SIZE, PART, BLOCK_M,
-                BLOCK_N, BLOCK_K,
+                x, weight, row, token, num_rows, num_tokens, part * PART, SIZE, PART, BLOCK_N,
+                BLOCK_M, BLOCK_K,
             )  # fmt: skip
     if is_last:
-        there = (token < num_tokens)[:, None] & (row < num_rows)[None, :]
         if BIAS:
-            total += tl.load(bias + row, mask=row < num_rows, other=0.0).to(tl.float32)[None, :]
-        at = token[:, None].to(tl.int64) * num_rows + row[None, :]
+            total += tl.load(bias + row, mask=row < num_rows, other=0.0).to(tl.float32)[:, None]
         tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
 
 
-FEW = 256  # tokens up to which the parts are computed apart
-WIDE, DEEP = 64, 64  # rows and columns of the weights that a tile of few tokens holds
-PROGRAMS = 128  # enough of them for a GPU
-MOST_TILES = 1024  # whose parts are counted: PROGRAMS rows of tiles, at most
+DEEP, WIDE = 128, 64  # columns and rows of the weights in a tile of few tokens
+PROGRAMS = 64  # enough of them for a GPU
+FEW = 64  # tokens up to which the parts are computed apart
+MOST_TILES = PROGRAMS * 4  # whose parts are counted, at most
 
 
 def num_parts(size: int, num_rows: int) -> int:
     """Into how many parts the sums of a matrix [num_rows, size] are cut, all as long."""
     tiles, parts = triton.cdiv(num_rows, WIDE), 1
-    while parts * tiles < PROGRAMS and size % (2 * parts * DEEP) == 0:
+    while parts * tiles < PROGRAMS and size % (4 * parts * DEEP) == 0:
         parts *= 2
     return parts
+
+
+def tile_of(num_tokens: int, num_bytes: int) -> dict[str, int]:
+    """Rows, tokens and columns of a tile, and how the kernel is compiled for it."""
+    stages = 3 if num_bytes == 2 else 2  # of float32 fewer fit into shared memory
+    if num_tokens <= FEW:
+        return dict(BLOCK_N=WIDE, BLOCK_M=16, BLOCK_K=DEEP, num_warps=4, num_stages=stages + 1)
+    if num_tokens <= 256:
+        return dict(BLOCK_N=WIDE, BLOCK_M=64, BLOCK_K=DEEP, num_warps=4, num_stages=stages)
+    return dict(BLOCK_N=128, BLOCK_M=128, BLOCK_K=DEEP // 2, num_warps=8, num_stages=stages)
 
 
 def fixed_linear(
@@ -108,16 +113,15 @@ def fixed_linear(
     `fixed_order`.
     """
     (num_tokens, size), num_rows, pdl = x.shape, len(weight), overlaps(x)
-    parts, is_few = num_parts(size, num_rows), num_tokens <= FEW
-    apart = is_few and parts > 1
-    rows, columns, warps, stages = (64, WIDE, 4, 4) if is_few else (128, 128, 8, 3)
+    parts, tile = num_parts(size, num_rows), tile_of(num_tokens, x.element_size())
+    apart = parts > 1 and num_tokens <= FEW
     out = x.new_empty((num_tokens, num_rows))
     left = x.new_empty((parts, num_tokens, num_rows), dtype=torch.float32) if apart else out
-    grid = triton.cdiv(num_rows, columns), triton.cdiv(num_tokens, rows), parts if apart else 1
+    tiles = triton.cdiv(num_rows, tile["BLOCK_N"]), triton.cdiv(num_tokens, tile["BLOCK_M"])
+    grid = (*tiles, parts if apart else 1)
     fixed_linear_kernel[grid](
         out, left, fixed_counters(), x, weight, out if bias is None else bias, num_tokens, num_rows,
-        SIZE=size, PART=size // parts, PARTS=parts, APART=apart, BIAS=bias is not None,
-        BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=DEEP, PDL=pdl, launch_pdl=pdl, num_warps=warps,
-        num_stages=stages,
+        SIZE=size, PART=size // parts, PARTS=parts, APART=apart, BIAS=bias is not None, PDL=pdl,
+        launch_pdl=pdl, **tile,
     )  # fmt: skip
     return out

@@ -3,7 +3,6 @@
 import torch
 
 from nanovllm.kernels.attention_tile import LOG2_E, take_scores, tile_slots
-from nanovllm.kernels.fixed_order import order_is_fixed
 from nanovllm.kernels.jit import overlaps, tl, triton, wait_for_inputs
 from nanovllm.kernels.prefill_hopper import prefill_hopper, takes_hopper
 
@@ -35,22 +34,21 @@ def prefill_tile(
 
 @triton.jit
 def prefill_rows(
-    queries, k_cache, v_cache, table, first, context_len, kv_head, scale,
+    queries, k_cache, v_cache, table, position, first, stop, context_len, kv_head, scale,
     BLOCK_SIZE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """What BLOCK_M query rows, whose first is at position `first`, see of a context: their mean."""
+    """What BLOCK_M rows, at positions from `first` to before `stop`, see of a context: its mean."""
     best = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mean = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    position = first + tl.arange(0, BLOCK_M)
     seen_by_all = (first + 1) // TILE * TILE
     for at in range(0, seen_by_all, TILE):
         best, total, mean = prefill_tile(
             best, total, mean, queries, k_cache, v_cache, table, at, position, context_len,
             kv_head, scale, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, TILE, False,
         )  # fmt: skip
-    for at in range(seen_by_all, tl.minimum(first + BLOCK_M, context_len), TILE):
+    for at in range(seen_by_all, stop, TILE):
         best, total, mean = prefill_tile(
             best, total, mean, queries, k_cache, v_cache, table, at, position, context_len,
             kv_head, scale, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, TILE, True,
@@ -77,10 +75,12 @@ def prefill_kernel(
         q_row = ((begin + row).to(tl.int64)[:, None] * NUM_HEADS + head) * HEAD_DIM
         q_row += channel[None, :]
         is_new = row[:, None] < num_new
+        before = context_len - num_new
         mean = prefill_rows(
             tl.load(q + q_row, mask=is_new, other=0.0), k_cache, v_cache,
-            block_tables + seq.to(tl.int64) * table_stride, context_len - num_new + first,
-            context_len, head // (NUM_HEADS // NUM_KV_HEADS), scale,
+            block_tables + seq.to(tl.int64) * table_stride, before + row, before + first,
+            tl.minimum(before + first + BLOCK_M, context_len), context_len,
+            head // (NUM_HEADS // NUM_KV_HEADS), scale,
             BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, BLOCK_M, TILE,
         )  # fmt: skip
         tl.store(out + q_row, mean.to(out.dtype.element_ty), mask=is_new)
@@ -107,10 +107,11 @@ def paged_prefill_attention(
     [cu_seqlens[i], cu_seqlens[i + 1]), the last ones of its context_lens[i]; at most `max_new`.
     k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim]; block_tables: [num_seqs,
     max_blocks]; context_lens, cu_seqlens: int32. The sequences before `first_seq` are left out.
+    (A slice would do that too, but a kernel is compiled anew for an address aligned otherwise.)
     """
-    out, pdl, fixed = torch.empty_like(q) if out is None else out, overlaps(q), order_is_fixed()
+    out, pdl = torch.empty_like(q) if out is None else out, overlaps(q)
     inputs = q, k_cache, v_cache, block_tables, context_lens, cu_seqlens
-    if not fixed and takes_hopper(q, k_cache, v_cache, max_new, len(block_tables) - first_seq):
+    if takes_hopper(q, k_cache, v_cache, max_new, len(block_tables) - first_seq):
         return prefill_hopper(out, *inputs, max_new, scale * LOG2_E, first_seq)
     (num_heads, head_dim), (block_size, num_kv_heads) = q.shape[1:], k_cache.shape[1:3]
     tile, stages = (32, 1) if q.element_size() == 4 else (64, 2)
@@ -118,6 +119,5 @@ def paged_prefill_attention(
         out, *inputs, scale * LOG2_E, block_tables.stride(0), first_seq,
         BLOCK_SIZE=block_size, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         BLOCK_M=BLOCK_M, TILE=tile, PDL=pdl, launch_pdl=pdl, num_warps=4, num_stages=stages,
-        enable_fp_fusion=not fixed,
     )  # fmt: skip
     return out

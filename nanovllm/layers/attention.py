@@ -8,6 +8,7 @@ from torch import nn
 
 from nanovllm.config import Config
 from nanovllm.kernels.decode_attention import paged_decode_attention
+from nanovllm.kernels.fixed_attention import fixed_attention
 from nanovllm.kernels.fixed_order import order_is_fixed
 from nanovllm.kernels.jit import is_interpreted
 from nanovllm.kernels.norm_rope_store import norm_rope_store
@@ -163,18 +164,17 @@ def triton_attention(
 ) -> torch.Tensor:
     """Decodes and prompts by this project's kernels."""
     out, n, tables = torch.empty_like(q), context.num_decodes, context.block_tables
-    lens, starts = context.context_lens, context.cu_seqlens
-    if n > 0 and order_is_fixed():
-        paged_prefill_attention(q, k_cache, v_cache, tables[:n], lens, starts, 1, scale, out)
+    lens, starts, fixed = context.context_lens, context.cu_seqlens, order_is_fixed()
+    if n > 0 and fixed:
+        fixed_attention(q, k_cache, v_cache, tables[:n], lens, starts, 1, scale, out)
     elif n > 0:
         paged_decode_attention(
             q, k_cache, v_cache, tables[:n], lens, scale, out,
             order=context.order, counters=context.counters,
         )  # fmt: skip
     if n < len(tables):
-        paged_prefill_attention(
-            q, k_cache, v_cache, tables, lens, starts, context.max_new, scale, out, first_seq=n
-        )
+        attend = fixed_attention if fixed else paged_prefill_attention
+        attend(q, k_cache, v_cache, tables, lens, starts, context.max_new, scale, out, first_seq=n)
     return out
 
 

@@ -1,18 +1,33 @@
 """How likely tokens are."""
 
 import torch
+import torch.nn.functional as F
+
+PART = 128  # columns
 
 
-def logprobs_of(
-    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each row's token, and the `num_top` likeliest: their ids and log-probabilities, float32.
+def likeliest(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest numbers of each row, the largest first, and where they stand.
 
-    logits: [num_rows, vocab_size]; token_ids: [num_rows] int64 -> [num_rows]; [num_rows, num_top]
-    int64, the likeliest first; [num_rows, num_top]
+    x: [num_rows, num_columns] -> two of [num_rows, count], the second int64
     """
-    x = logits.float()
-    total = x.logsumexp(dim=1, keepdim=True)
-    own = x.gather(1, token_ids.clamp(min=0).unsqueeze(1)) - total
-    top, ids = x.topk(min(num_top, x.shape[1]), dim=1)
-    return own.squeeze(1), ids, top - total
+    if x.shape[1] <= count * PART:
+        top, at = x.topk(min(count, x.shape[1]), dim=1)
+        return top, at
+    parts = F.pad(x, (0, -x.shape[1] % PART), value=-torch.inf).view(len(x), -1, PART)
+    best = parts.amax(dim=2).topk(count, dim=1).indices
+    some = parts.gather(1, best.unsqueeze(2).expand(-1, -1, PART)).flatten(1)
+    top, at = some.topk(count, dim=1)
+    return top, best.gather(1, at // PART) * PART + at % PART
+
+
+def logprobs_of(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> torch.Tensor:
+    """Each row's token, and the `num_top` likeliest (or as many as there are).
+
+    logits: [num_rows, vocab_size]; token_ids: [num_rows] int64 -> [num_rows, 1 + 2 * num_top]
+    float32: the token's log-probability, those of the likeliest, and which these are.
+    """
+    x = logits.log_softmax(dim=1, dtype=torch.float32)
+    own = x.gather(1, token_ids.clamp(min=0).unsqueeze(1))
+    top, ids = likeliest(x, num_top)
+    return torch.cat([own, top, ids.float()], dim=1)  # a float is exact below 2**24
