@@ -38,6 +38,7 @@ def fixed_attention_kernel(
 
 
 FEW_ROWS, ROWS = 16, 64  # in a program: for decodes, and for prompts
+TILE = 64  # tokens of the context
 
 
 def fixed_attention(
@@ -58,8 +59,11 @@ def fixed_attention(
     """
     (num_heads, head_dim), (block_size, num_kv_heads) = q.shape[1:], k_cache.shape[1:3]
     group, pdl = num_heads // num_kv_heads, overlaps(q)
-    rows = max(FEW_ROWS if max_new == 1 else ROWS, triton.next_power_of_2(group))
-    tile, stages = (32, 1) if q.element_size() == 4 else (64, 3 if max_new == 1 else 2)
+    if q.element_size() == 4:  # no matrix unit takes float32: the order depends on the tile
+        rows, tile, stages = 16, 32, 1
+    else:
+        rows, tile, stages = (FEW_ROWS, TILE, 3) if max_new == 1 else (ROWS, TILE, 2)
+    rows = max(rows, triton.next_power_of_2(group))
     grid = num_kv_heads, triton.cdiv(max_new, rows // group), len(block_tables) - first_seq
     fixed_attention_kernel[grid](
         out, q, k_cache, v_cache, block_tables, context_lens, cu_seqlens, scale * LOG2_E,

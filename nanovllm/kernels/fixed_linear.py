@@ -96,12 +96,13 @@ def num_parts(size: int, num_rows: int) -> int:
 
 def tile_of(num_tokens: int, num_bytes: int) -> dict[str, int]:
     """Rows, tokens and columns of a tile, and how the kernel is compiled for it."""
-    stages = 3 if num_bytes == 2 else 2  # of float32 fewer fit into shared memory
+    if num_bytes == 4:  # no matrix unit takes float32, and the order depends on the tile
+        return dict(BLOCK_N=WIDE, BLOCK_M=16, BLOCK_K=DEEP // 2, num_warps=4, num_stages=2)
     if num_tokens <= FEW:
-        return dict(BLOCK_N=WIDE, BLOCK_M=16, BLOCK_K=DEEP, num_warps=4, num_stages=stages + 1)
+        return dict(BLOCK_N=WIDE, BLOCK_M=16, BLOCK_K=DEEP, num_warps=4, num_stages=4)
     if num_tokens <= 256:
-        return dict(BLOCK_N=WIDE, BLOCK_M=64, BLOCK_K=DEEP, num_warps=4, num_stages=stages)
-    return dict(BLOCK_N=128, BLOCK_M=128, BLOCK_K=DEEP // 2, num_warps=8, num_stages=stages)
+        return dict(BLOCK_N=WIDE, BLOCK_M=64, BLOCK_K=DEEP, num_warps=4, num_stages=3)
+    return dict(BLOCK_N=128, BLOCK_M=128, BLOCK_K=DEEP // 2, num_warps=8, num_stages=3)
 
 
 def fixed_linear(
