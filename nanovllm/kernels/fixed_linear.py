@@ -94,9 +94,9 @@ def num_parts(size: int, num_rows: int) -> int:
     return parts
 
 
-def tile_of(num_tokens: int, num_bytes: int) -> dict[str, int]:
+def tile_of(num_tokens: int, takes_any: bool) -> dict[str, int]:
     """Rows, tokens and columns of a tile, and how the kernel is compiled for it."""
-    if num_bytes == 4:  # no matrix unit takes float32, and the order depends on the tile
+    if not takes_any:
         return dict(BLOCK_N=WIDE, BLOCK_M=16, BLOCK_K=DEEP // 2, num_warps=4, num_stages=2)
     if num_tokens <= FEW:
         return dict(BLOCK_N=WIDE, BLOCK_M=16, BLOCK_K=DEEP, num_warps=4, num_stages=4)
@@ -114,7 +114,9 @@ def fixed_linear(
     `fixed_order`.
     """
     (num_tokens, size), num_rows, pdl = x.shape, len(weight), overlaps(x)
-    parts, tile = num_parts(size, num_rows), tile_of(num_tokens, x.element_size())
+    # No matrix unit takes float32: there the order depends on the tile. And columns in whole tiles.
+    takes_any = x.element_size() == 2 and size % DEEP == 0
+    parts, tile = num_parts(size, num_rows), tile_of(num_tokens, takes_any)
     apart = parts > 1 and num_tokens <= FEW
     out = x.new_empty((num_tokens, num_rows))
     left = x.new_empty((parts, num_tokens, num_rows), dtype=torch.float32) if apart else out
