@@ -154,7 +154,7 @@ class ModelRunner:
         with self.own_settings():
             self.receive(step)
             ran, last = self.graphs.run(step), step.layout.tensors(self.input_buffer)["last"]
-            logits_of = self.model.compute_logits, self.sampler.group.gather
+            logits_of = self.model.compute_logits, self.model.lm_head.group.gather
             scores = score_tokens(step.asked, ran, last, self.sampled, *logits_of)
             return self.read_sampled(step).with_scores(step.asked, scores)
 
