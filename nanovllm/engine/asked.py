@@ -24,8 +24,9 @@ class Asked:
         params = [seq.params for seq in seqs]
         all_greedy = len(params) > 0 and all(p.temperature == 0 for p in params)
         more = any(is_filtered(p) or p.is_penalised for p in params)
-        num_top = max((n or 0 for p in params for n in (p.logprobs, p.prompt_logprobs)), default=0)
-        return cls(all_greedy, more, wanted_scores(seqs), num_top)
+        scored = [p for p in params if (p.logprobs, p.prompt_logprobs) != (None, None)]
+        num_top = max((n or 0 for p in scored for n in (p.logprobs, p.prompt_logprobs)), default=0)
+        return cls(all_greedy, more, wanted_scores(seqs if scored else []), num_top)
 
     @property
     def reads_prompts(self) -> bool:

@@ -30,10 +30,10 @@ class Result:
         if self.asked is None or self.scores is None:
             return
         n = self.scores.shape[1] // 2
-        ids = self.scores[:, 1 + n :].long().tolist()
-        rows = zip(self.asked.scores.tolist(), self.scores.tolist(), ids, strict=True)
-        for (row, at, _, token), (own, *rest), likely in rows:
-            yield Score(row, at, token_ids[row] if token < 0 else token, own, likely, rest)
+        own, top, ids = self.scores.split([1, n, n], dim=1)
+        found = own[:, 0].tolist(), ids.long().tolist(), top.tolist()
+        for (row, at, _, token), *told in zip(self.asked.scores.tolist(), *found, strict=True):
+            yield Score(row, at, token_ids[row] if token < 0 else token, *told)
 
     def token_ids(self) -> list[int]:
         """One new token id for each sequence: the one place where the host waits for the device."""

@@ -15,7 +15,7 @@ class Score(NamedTuple):
     token_id: int
     logprob: float
     likely: list[int]  # the likeliest tokens
-    logprobs: list[float]  # and theirs; what lies behind them is something else
+    logprobs: list[float]  # and theirs; as many of both as the step's hungriest request wants
 
 
 def wanted_scores(seqs: list[Sequence]) -> np.ndarray:

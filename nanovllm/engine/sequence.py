@@ -57,7 +57,7 @@ class Sequence:
             taken = self.logprobs
             at, count = position - self.num_prompt_tokens, self.params.logprobs
         if at == len(taken):
-            taken.append({token_id: logprob, **dict(zip(likely[:count], logprobs, strict=False))})
+            taken.append({token_id: logprob, **dict(zip(likely[:count], logprobs[:count]))})
 
     @property
     def num_missing_tokens(self) -> int:

@@ -62,7 +62,7 @@ def fixed_attention(
     if q.element_size() == 4:  # no matrix unit takes float32: the order depends on the tile
         rows, tile, stages = 16, 32, 1
     else:
-        rows, tile, stages = (FEW_ROWS, TILE, 3) if max_new == 1 else (ROWS, TILE, 2)
+        rows, tile, stages = FEW_ROWS if max_new == 1 else ROWS, TILE, 2
     rows = max(rows, triton.next_power_of_2(group))
     grid = num_kv_heads, triton.cdiv(max_new, rows // group), len(block_tables) - first_seq
     fixed_attention_kernel[grid](

@@ -13,7 +13,7 @@ _counters: ContextVar[torch.Tensor | None] = ContextVar("counters", default=None
 def fixed_order(counters: torch.Tensor | None) -> Iterator[None]:
     """Let this thread's kernels add up in a fixed order, for the length of a `with`; None: not.
 
-    counters: zeros, [MOST_PROGRAMS] int32 on the device, which are left zero.
+    counters: zeros, [MOST_TILES] int32 on the device, which are left zero.
     """
     token = _counters.set(counters)
     try:
