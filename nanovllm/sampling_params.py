@@ -53,9 +53,9 @@ class SamplingParams:
     )
 
     @property
-    def is_penalised(self) -> bool:
-        """Do the tokens so far count for the next one?"""
-        return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
+    def is_scored(self) -> bool:
+        """Are log-probabilities wanted?"""
+        return self.logprobs is not None or self.prompt_logprobs is not None
 
     def __post_init__(self) -> None:
         check_options(self)

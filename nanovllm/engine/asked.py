@@ -6,7 +6,6 @@ import numpy as np
 
 from nanovllm.engine.scores import wanted_scores
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.sampler import is_filtered
 
 
 @dataclass(slots=True)
@@ -19,14 +18,16 @@ class Asked:
     num_top: int  # of how many likely tokens beside each
 
     @classmethod
-    def of(cls, seqs: list[Sequence]) -> "Asked":
-        """What these sequences ask for."""
+    def of(cls, put: dict[str, np.ndarray], seqs: list[Sequence]) -> "Asked":
+        """What these sequences ask for, whose inputs have been put down already."""
+        is_warm, costs = put["temperatures"] > 0, put["presences"].any() or put["frequencies"].any()
+        cuts = (put["top_ks"] > 0) | (put["top_ps"] < 1) | (put["min_ps"] > 0)
+        more = (cuts & is_warm).any() or costs or (put["repetitions"] != 1).any()
         params = [seq.params for seq in seqs]
-        all_greedy = len(params) > 0 and all(p.temperature == 0 for p in params)
-        more = any(is_filtered(p) or p.is_penalised for p in params)
-        scored = [p for p in params if (p.logprobs, p.prompt_logprobs) != (None, None)]
-        num_top = max((n or 0 for p in scored for n in (p.logprobs, p.prompt_logprobs)), default=0)
-        return cls(all_greedy, more, wanted_scores(seqs if scored else []), num_top)
+        asked = [(p.logprobs, p.prompt_logprobs) for p in params if p.is_scored]
+        num_top = max((n or 0 for both in asked for n in both), default=0)
+        scores = wanted_scores(seqs if asked else [])
+        return cls(len(seqs) > 0 and not is_warm.any(), bool(more), scores, num_top)
 
     @property
     def reads_prompts(self) -> bool:

@@ -188,8 +188,8 @@ def prepare_sample(put: dict[str, np.ndarray], seqs: list[Sequence]) -> None:
     put["seeds"][:n] = [seq.seed for seq in seqs]
     put["lengths"][:n] = [len(seq) for seq in seqs]
     put["temperatures"][:n] = np.minimum([p.temperature for p in params], HOTTEST)
-    for name, (_, attribute, _) in CHOICES.items():
-        put[name][:n] = list(map(attrgetter(attribute), seqs))
+    for name, (kind, attribute, _) in CHOICES.items():
+        put[name][:n] = np.fromiter(map(attrgetter(attribute), seqs), kind, n)
 
 
 def sampling_of(inputs: Inputs, all_greedy: bool = False) -> SamplingTensors:
@@ -232,7 +232,7 @@ class Packer:
         put["table_rows"][:n] = np.r_[:num_decodes, first : first + n - num_decodes]
         put["order"][:first] = np.argsort(-put["context_lens"][:first])
         longest = max(counts, default=shape.prompts[0])
-        return Step(shape, n, longest, Asked.of(seqs), layout, host)
+        return Step(shape, n, longest, Asked.of(put, seqs), layout, host)
 
     def unpack(self, message: bytes) -> Step:
         """The step of a message; ready to be launched."""

@@ -34,7 +34,7 @@ def take(key, counts, bound, BITS: tl.constexpr):
 
 @triton.jit
 def asks_for_less(seq, temperatures, top_ks, top_ps, min_ps):
-    """Can a filter change what is drawn for a row? As `is_filtered`."""
+    """Can a filter change what is drawn for a row? The likeliest token passes each of them."""
     cuts = (tl.load(top_ks + seq) > 0) | (tl.load(top_ps + seq) < 1) | (tl.load(min_ps + seq) > 0)
     return cuts & (tl.load(temperatures + seq) > 0)
 

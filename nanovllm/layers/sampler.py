@@ -9,7 +9,6 @@ from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.jit import uses_triton
 from nanovllm.kernels.sample import Parts, sample, sample_best, sample_parts
 from nanovllm.parallel.group import get_group
-from nanovllm.sampling_params import SamplingParams
 
 MASK32 = 0xFFFFFFFF
 
@@ -71,11 +70,6 @@ def keep_likely(
     drop |= (mass_before >= top_ps.unsqueeze(1)) & (top_ps < 1).unsqueeze(1)
     drop[:, 0] = False  # the likeliest token stays, also where top_p is so small that it is 0
     return torch.empty_like(logits).scatter_(1, order, logits.masked_fill(drop, -torch.inf))
-
-
-def is_filtered(params: SamplingParams) -> bool:
-    """Can a filter change what is drawn? The likeliest token passes each of them."""
-    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
 
 
 @dataclass(slots=True)
