@@ -25,13 +25,13 @@ if TYPE_CHECKING:  # they are loaded once they are needed
 def add_options(
     parser: argparse.ArgumentParser, cls: type, skip: str = "", **defaults: Any
 ) -> None:
-    """Offer every field of an options dataclass on the command line, left out unless given.
+    """Offer the fields of an options dataclass on the command line, left out unless given.
 
     `defaults` stand in for those of the dataclass.
     """
     group = parser.add_argument_group(f"{cls.__name__} options")
     for spec in fields(cls):
-        if spec.name != skip:
+        if spec.name != skip and spec.metadata["offered"]:
             settings = settings_of(spec, defaults)
             group.add_argument("--" + spec.name.replace("_", "-"), **settings)
 

@@ -47,9 +47,10 @@ class SamplingParams:
         "tell each token's log-probability, and those of so many likely ones",
         minimum=0,
         maximum=20,
+        offered=False,  # the command line prints text
     )
     prompt_logprobs: int | None = option(
-        None, "the same for each token of the prompt", minimum=0, maximum=20
+        None, "the same for each token of the prompt", minimum=0, maximum=20, offered=False
     )
 
     @property

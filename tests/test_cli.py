@@ -240,3 +240,9 @@ def test_the_standard_workload_has_its_known_size():
         assert sum(p.max_tokens for p in params) == 133_966
         assert sum(map(len, prompts)) == 142_827
         assert max(max(prompt) for prompt in prompts) < vocab_size
+
+
+def test_what_the_command_line_does_not_show_it_does_not_offer():
+    """Log-probabilities are for programs: the commands print text."""
+    for command in ("generate", "chat"):
+        assert "logprobs" not in nanovllm(command, "--help").stdout

@@ -16,13 +16,14 @@ def option(
     above: float | None = None,
     maximum: float | None = None,
     choices: tuple[str, ...] | None = None,
+    offered: bool = True,
 ) -> Any:
-    """A dataclass field that `check_options` can check and the command line can offer.
+    """A dataclass field that `check_options` can check, and that the command line offers or not.
 
     `minimum` and `maximum` are inclusive, `above` is an exclusive lower bound.
     """
     limits = dict(minimum=minimum, above=above, maximum=maximum, choices=choices)
-    return field(default=default, metadata={"help": description, **limits})
+    return field(default=default, metadata={"help": description, "offered": offered, **limits})
 
 
 def check_options(options: Any) -> None:
