@@ -13,17 +13,23 @@ from dataclasses import fields
 
 import torch
 
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 
 DEVICE = os.environ.get("NANOVLLM_DEVICE", "cpu")
 ON_GPU = torch.device(DEVICE).type == "cuda"
 OPTIONS = {spec.name for spec in fields(Config)}
+PARAMETERS = {spec.name for spec in fields(SamplingParams)}
 
 
 def offered(**options) -> dict:
     """Those of the options that the package under test has."""
     return {name: value for name, value in options.items() if name in OPTIONS}
+
+
+def askable(**parameters) -> dict:
+    """Those of the sampling parameters that the package under test has."""
+    return {name: value for name, value in parameters.items() if name in PARAMETERS}
 
 
 # One step after the other, each launched kernel by kernel: for what a single step does. On a CPU

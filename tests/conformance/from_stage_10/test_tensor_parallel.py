@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checkpoints import SMALL, random_prompts, save_random
+from device import askable
 from memory import check_empty
 
 from nanovllm import LLM, SamplingParams
@@ -40,7 +41,7 @@ STYLES = (
     dict(temperature=1.1, seed=2, top_k=7),
     dict(temperature=0),
     dict(temperature=0.8, seed=3, top_p=0.8),
-    dict(temperature=0, repetition_penalty=1.4, frequency_penalty=0.3),
+    askable(temperature=0, repetition_penalty=1.4, frequency_penalty=0.3),
 )
 PARAMS = [SamplingParams(**style, max_tokens=12, ignore_eos=True) for style in STYLES]
 # Chunks, preemptions and two steps in flight.
@@ -75,25 +76,6 @@ def expected(folder) -> list[list[list[int]]]:
 def test_every_number_of_ranks_gives_the_tokens_of_one(folder, expected, size, options):
     """With biases, a head of its own, a vocabulary that does not divide, and shared key heads."""
     assert tokens(folder, size, **options) == expected
-
-
-def test_two_ranks_say_the_same_of_how_likely_tokens_are(folder):
-    params = SamplingParams(
-        temperature=0, max_tokens=5, ignore_eos=True, logprobs=3, prompt_logprobs=2
-    )
-    found = []
-    for size in (1, 2):
-        options = dict(kvcache_block_size=16, num_kvcache_blocks=60, max_num_batched_tokens=24)
-        llm = LLM(folder, device="cpu", dtype="float32", tensor_parallel_size=size, **options)
-        found.append(llm.generate(PROMPTS, params, use_tqdm=False))
-        llm.exit()
-    for one, two in zip(*found, strict=True):
-        for told, other in zip(
-            one["logprobs"] + one["prompt_logprobs"][1:],
-            two["logprobs"] + two["prompt_logprobs"][1:],
-            strict=True,
-        ):
-            assert other == pytest.approx(told, abs=1e-4)
 
 
 def test_the_bundled_model_on_two_ranks():

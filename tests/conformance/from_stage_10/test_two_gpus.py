@@ -10,6 +10,7 @@ from threading import Timer
 
 import pytest
 import torch
+from device import askable
 
 from nanovllm import LLM, SamplingParams
 
@@ -20,9 +21,9 @@ pytestmark = [
 PROMPTS = ["Once upon a time", "One day, Tom", "The little fox was sad", "Emma"]
 STYLES = [
     dict(temperature=0),
-    dict(temperature=0.8, seed=1, logprobs=2),
+    askable(temperature=0.8, seed=1, logprobs=2),
     dict(top_k=20, seed=2),
-    dict(temperature=0, repetition_penalty=1.3, prompt_logprobs=1),
+    askable(temperature=0, repetition_penalty=1.3, prompt_logprobs=1),
 ]
 PARAMS = [SamplingParams(**STYLES[i], max_tokens=40, ignore_eos=True) for i in range(4)]
 

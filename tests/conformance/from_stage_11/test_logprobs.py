@@ -8,7 +8,7 @@ from checkpoints import random_prompts, save_random
 from device import build
 from transformers import AutoModelForCausalLM
 
-from nanovllm import SamplingParams
+from nanovllm import LLM, SamplingParams
 from nanovllm.layers.logprobs import likeliest
 
 PROMPTS = random_prompts((3, 40, 1, 17, 40, 9), 320, seed=90)
@@ -130,3 +130,25 @@ def test_a_preempted_prompt_is_told_once(folder):
     assert [len(output["prompt_logprobs"]) for output in outputs] == [17, 3, 9]
     assert llm.scheduler.num_preemptions > 0
     llm.exit()
+
+
+def test_two_ranks_say_the_same_of_how_likely_tokens_are(tmp_path):
+    """With a vocabulary that does not divide: what pads it is never among the likeliest."""
+    folder = save_random(tmp_path, dict(vocab_size=319, tie_word_embeddings=False))
+    prompts = [[token % 319 for token in prompt] for prompt in PROMPTS]
+    params = SamplingParams(
+        temperature=0, max_tokens=5, ignore_eos=True, logprobs=3, prompt_logprobs=2
+    )
+    found = []
+    for size in (1, 2):
+        options = dict(kvcache_block_size=16, num_kvcache_blocks=60, max_num_batched_tokens=24)
+        llm = LLM(folder, device="cpu", dtype="float32", tensor_parallel_size=size, **options)
+        found.append(llm.generate(prompts, params, use_tqdm=False))
+        llm.exit()
+    for one, two in zip(*found, strict=True):
+        for told, other in zip(
+            one["logprobs"] + one["prompt_logprobs"][1:],
+            two["logprobs"] + two["prompt_logprobs"][1:],
+            strict=True,
+        ):
+            assert other == pytest.approx(told, abs=1e-4)

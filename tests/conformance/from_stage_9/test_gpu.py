@@ -21,6 +21,7 @@ from random import Random
 import pytest
 import torch
 from checkpoints import random_prompts, reference_model
+from device import askable
 from in_flight import check_done, check_in_flight
 from memory import block_manager, free_ids, greedy, hit_rate
 
@@ -392,6 +393,7 @@ def drawn(number: int, random: Random, shared: list[int]) -> tuple[list[int], Sa
             dict(temperature=0.6, top_k=20, top_p=0.95, prompt_logprobs=random.randint(0, 3)),
         )
     )
+    style = askable(**style)
     prompt = shared[: random.choice((0, 0, 16, 40))] + prompt
     return prompt, SamplingParams(**style, seed=number, max_tokens=random.randint(1, 40))
 
