@@ -23,10 +23,9 @@ class Asked:
         is_warm, costs = put["temperatures"] > 0, put["presences"].any() or put["frequencies"].any()
         cuts = (put["top_ks"] > 0) | (put["top_ps"] < 1) | (put["min_ps"] > 0)
         more = (cuts & is_warm).any() or costs or (put["repetitions"] != 1).any()
-        params = [seq.params for seq in seqs]
-        asked = [(p.logprobs, p.prompt_logprobs) for p in params if p.is_scored]
-        num_top = max((n or 0 for both in asked for n in both), default=0)
-        scores = wanted_scores(seqs if asked else [])
+        scored = [seq.params for seq in seqs if seq.params.is_scored]
+        num_top = max((n or 0 for p in scored for n in (p.logprobs, p.prompt_logprobs)), default=0)
+        scores = wanted_scores(seqs if scored else [])
         return cls(len(seqs) > 0 and not is_warm.any(), bool(more), scores, num_top)
 
     @property

@@ -153,9 +153,9 @@ class ModelRunner:
         """Bring a step to the device and let it run: replayed, or kernel by kernel."""
         with self.own_settings():
             self.receive(step)
-            ran, last = self.graphs.run(step), step.layout.tensors(self.input_buffer)["last"]
+            ran = self.graphs.run(step)
             logits_of = self.model.compute_logits, self.model.lm_head.group.gather
-            scores = score_tokens(step.asked, ran, last, self.sampled, *logits_of)
+            scores = score_tokens(step, ran, self.input_buffer, self.sampled, *logits_of)
             return self.read_sampled(step).with_scores(step.asked, scores)
 
     def receive(self, step: Step) -> None:

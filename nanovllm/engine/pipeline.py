@@ -3,12 +3,10 @@
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from nanovllm.engine.scores import Score
 from nanovllm.engine.sequence import Sequence
-
-if TYPE_CHECKING:  # it needs torch
-    from nanovllm.engine.scores import Score
 
 
 class Result(Protocol):
@@ -17,7 +15,7 @@ class Result(Protocol):
     def token_ids(self) -> list[int]:
         """One token for each sequence of the step; waits for the device."""
 
-    def told(self, token_ids: list[int]) -> Iterable["Score"]:
+    def told(self, token_ids: list[int]) -> Iterable[Score]:
         """How likely tokens were, as far as somebody has asked."""
 
 

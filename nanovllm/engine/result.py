@@ -8,6 +8,7 @@ import torch
 from nanovllm.engine.asked import Asked
 from nanovllm.engine.graphs import Ran
 from nanovllm.engine.scores import Score
+from nanovllm.engine.step_inputs import Step
 from nanovllm.layers.logprobs import logprobs_of
 
 
@@ -61,28 +62,29 @@ SCORED = 256  # rows at a time, for logits are large
 
 
 def score_tokens(
-    asked: Asked,
+    step: Step,
     ran: Ran,
-    last: torch.Tensor,
+    input_buffer: torch.Tensor,
     sampled: torch.Tensor,
     compute_logits: Callable[[torch.Tensor], torch.Tensor],
     gather: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor | None:
     """`logprobs_of` the tokens that are asked for, on their way to the host; None without any.
 
-    last: which of the step's tokens is each row's last, [num_seqs] int64; sampled: what the rows
-    have sampled, as many or more; compute_logits: from hidden states, [n, hidden_size], to this
-    rank's logits; gather: to those of all ranks, [n, vocab_size]
+    input_buffer: where the step's inputs lie; sampled: what the rows have sampled, as many or more;
+    compute_logits: from hidden states, [n, hidden_size], to this rank's logits; gather: to those of
+    all ranks, [n, vocab_size]
     """
-    if len(asked.scores) == 0:
+    if len(step.asked.scores) == 0:
         return None
-    wanted = torch.from_numpy(asked.scores)
+    wanted = torch.from_numpy(step.asked.scores)
     wanted = wanted.pin_memory() if sampled.is_cuda else wanted
     row, _, back, token_ids = wanted.to(sampled.device, non_blocking=True).unbind(1)
-    hidden = ran.hidden[row] if ran.tokens is None else ran.tokens[last[row] - back]
+    at = row if ran.tokens is None else step.layout.tensors(input_buffer)["last"][row] - back
+    hidden = (ran.hidden if ran.tokens is None else ran.tokens)[at]
     token_ids = torch.where(token_ids < 0, sampled[row], token_ids)
     parts = [
-        logprobs_of(gather(compute_logits(some)), ids, asked.num_top)
+        logprobs_of(gather(compute_logits(some)), ids, step.asked.num_top)
         for some, ids in zip(hidden.split(SCORED), token_ids.split(SCORED), strict=True)
     ]
     return read_later(torch.cat(parts))
