@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanovllm.engine.edits import Edits
 from nanovllm.engine.scores import wanted_scores
 from nanovllm.engine.sequence import Sequence
 
@@ -16,6 +17,7 @@ class Asked:
     more: bool  # does one ask for more than a temperature?
     scores: np.ndarray  # from wanted_scores
     num_top: int  # of how many likely tokens beside each
+    edits: Edits | None = None  # what is changed in logits
 
     @classmethod
     def of(cls, put: dict[str, np.ndarray], seqs: list[Sequence]) -> "Asked":

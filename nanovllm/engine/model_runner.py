@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from nanovllm.config import Config, ModelConfig
+from nanovllm.engine.edits import edit_, edits_of
 from nanovllm.engine.graphs import Graphs, Ran, graph_shapes, largest_shape
 from nanovllm.engine.history import History
 from nanovllm.engine.memory import CPU_CACHE_BYTES, left_for_cache, reserved_memory, zeros
@@ -42,8 +43,7 @@ class ModelRunner:
         self.max_num_seqs = min(config.max_num_seqs, self.max_num_tokens)
         self.reserved_at_start = reserved_memory(self.device)
         with self.device, DefaultDtype(config.torch_dtype):
-            model_class = MODELS[model_config.architecture]
-            self.model = model_class(model_config, num_positions=max_model_len)
+            self.model = MODELS[model_config.architecture](model_config, max_model_len)
         self.model.requires_grad_(False).eval()
         if config.load_format == "dummy":
             fill_with_noise(self.model)
@@ -51,8 +51,7 @@ class ModelRunner:
             load_model(self.model, folder)
         self.sampler = Sampler()
         self.allocate_inputs(config)
-        functions = self.blank_step, self.execute, self.resample
-        self.graphs = Graphs(*functions, self.sampler.is_alone)
+        self.graphs = Graphs(self.blank_step, self.execute, self.resample, self.sampler.is_alone)
         self.step_bytes = self.graph_bytes = 0
         if self.on_gpu:
             self.warmup_model(config)
@@ -66,7 +65,7 @@ class ModelRunner:
 
     def pack(self, seqs: list[Sequence]) -> Step:
         """Lay out a step on the host: what `launch` takes, here or in another process."""
-        return self.packer.pack(seqs)
+        return self.packer.pack(seqs).with_edits(edits_of(seqs))
 
     def forward(self, step: Step, inputs: Inputs) -> torch.Tensor:
         """The hidden states, [num_tokens, hidden_size]."""
@@ -136,8 +135,7 @@ class ModelRunner:
             self.launch(self.pack(seqs)).token_ids()
         self.step_bytes = torch.cuda.max_memory_reserved(self.device) - before
         with self.own_settings():
-            shapes = self.graph_shapes(config)
-            self.graph_bytes = self.graphs.estimate_bytes(shapes, self.device)
+            self.graph_bytes = self.graphs.estimate_bytes(self.graph_shapes(config), self.device)
 
     def cache_budget(self, config: Config) -> int:
         """How many bytes the cache may take on each rank; ValueError where none are left."""
@@ -190,9 +188,10 @@ class ModelRunner:
     def resample(self, step: Step, ran: Ran) -> None:
         """Another token, into `sampled`, for each of the rows that ask for more."""
         logits = self.model.compute_logits(ran.hidden) if ran.logits is None else ran.logits
-        inputs = step.layout.tensors(self.input_buffer)
+        inputs, first = step.layout.tensors(self.input_buffer), self.model.lm_head.first
         sampling = sampling_of(inputs)
-        penalise_(logits, self.history.penalties(inputs), self.model.lm_head.first)
+        edit_(logits, step.asked.edits, first)
+        penalise_(logits, self.history.penalties(inputs), first)
         self.choose(logits, sampling)
         self.sampler.resample(self.sampled[: len(logits)], logits, sampling)
 

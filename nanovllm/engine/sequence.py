@@ -7,6 +7,7 @@ from enum import Enum, auto
 
 from nanovllm.engine.block import Prefix
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.guide import Guide
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -59,13 +60,18 @@ class Sequence:
         if at == len(taken):
             taken.append({token_id: logprob, **dict(zip(likely[:count], logprobs[:count]))})
 
+    guide: Guide | None = None  # what its text must follow
+
     @property
     def num_missing_tokens(self) -> int:
         """Tokens that are to be run: those whose keys and values are not in the cache yet.
 
-        The last token of all is never run, since nothing follows it.
+        The last token of all is never run, since nothing follows it. And what follows a token that
+        the host has not read can't be guided: such a sequence sits out one step.
         """
         assert self.params.max_tokens is not None, "a request without a limit was admitted"
+        if self.guide is not None and self.num_pending_tokens > 0:
+            return 0
         longest = self.num_prompt_tokens + self.params.max_tokens - 1
         return min(len(self.token_ids), longest) - self.num_computed_tokens
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nanovllm.engine.asked import Asked
+from nanovllm.engine.edits import Edits
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.sampler import SamplingTensors
 
@@ -110,6 +111,11 @@ class Step:
         """The step as a message to another rank."""
         head = pickle.dumps((self.shape, self.num_seqs, self.max_new, self.asked))
         return len(head).to_bytes(4, "little") + head + self.host.numpy().tobytes()
+
+    def with_edits(self, edits: Edits | None) -> "Step":
+        """This step, with what is changed in its logits."""
+        self.asked.edits = edits
+        return self
 
 
 def scheduled_tokens(seqs: list[Sequence]) -> list[int]:

@@ -1,0 +1,128 @@
+"""The routes: OpenAI's API before one engine."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from nanovllm.engine.sequence import Sequence
+from nanovllm.serve.asked import chat_params, completion_params, prompts_of, sequences_of
+from nanovllm.serve.calls import Call
+from nanovllm.serve.chat_call import ChatCall
+from nanovllm.serve.client import EngineClient
+from nanovllm.serve.completion_call import CompletionCall
+from nanovllm.serve.guards import refusal, reply_json
+from nanovllm.serve.leaving import EventStream, unless_gone
+from nanovllm.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Sampling,
+    TokenizeRequest,
+)
+from nanovllm.utils.chat import encode_chat
+from nanovllm.utils.tokenizer import check_token_ids, encode
+
+Built = Callable[[], list[Sequence]]
+
+
+class Server:
+    """Answers calls of the API by what an engine says."""
+
+    def __init__(self, client: EngineClient, model: str):
+        self.client, self.model, self.started = client, model, int(time.time())
+
+    async def complete(self, request: Request, body: CompletionRequest) -> Response:
+        """Texts that go on where the prompts end."""
+
+        def build() -> list[Sequence]:
+            params = completion_params(body, self.client.about)
+            return list(sequences_of(prompts_of(body), params, body.n or 1, self.client.about))
+
+        if body.echo and body.stream and body.logprobs is not None:
+            raise ValueError("echo with logprobs is not streamed: they come at the end")
+        answers = self.client.submit(await self.built(body, build))
+        call = CompletionCall(self.client, answers, self.model, body)
+        return await self.answer(request, call, bool(body.stream))
+
+    async def chat(self, request: Request, body: ChatRequest) -> Response:
+        """What an assistant says next in a conversation."""
+
+        def build() -> list[Sequence]:
+            params = chat_params(body, self.client.about)
+            prompt = encode_chat(self.client.about.tokenizer, body.messages, template_options(body))
+            return list(sequences_of([prompt], params, body.n or 1, self.client.about))
+
+        answers = self.client.submit(await self.built(body, build))
+        in_thought = ends_in_thought(self.client.about.tokenizer, answers[0].prompt)
+        call = ChatCall(self.client, answers, self.model, body, in_thought)
+        return await self.answer(request, call, bool(body.stream))
+
+    async def built(self, body: Sampling, build: Built) -> list[Sequence]:
+        """The sequences of a call; in another thread, as a long text takes its time."""
+        if body.model not in (None, self.model):
+            raise LookupError(f"the model {body.model!r} is not served here: {self.model!r} is")
+        return await asyncio.to_thread(build)
+
+    async def answer(self, request: Request, call: Call, stream: bool) -> Response:
+        """The reply to a call, whole or in pieces; a caller who leaves is not waited for."""
+        if stream:
+            return EventStream(call.events(), call.leave)
+        try:
+            reply = await unless_gone(request, call.reply())
+        finally:
+            call.leave()
+        return Response(status_code=499) if reply is None else reply_json(reply)
+
+    async def models(self) -> Response:
+        """The one model that is served."""
+        longest = self.client.about.limits.longest_sequence()
+        model = {"id": self.model, "object": "model", "created": self.started}
+        model |= {"owned_by": "nanovllm", "max_model_len": longest}
+        return reply_json({"object": "list", "data": [model]})
+
+    async def health(self) -> Response:
+        """200 while the engine steps; 503 when its last step failed, or it has ended."""
+        failure = self.client.load.failure
+        return reply_json({"status": "ok"}) if failure is None else refusal(503, failure)
+
+    async def tokenize(self, body: TokenizeRequest) -> Response:
+        """The token ids of a text, or of a conversation."""
+        if (body.prompt is None) == (body.messages is None):
+            raise ValueError("give prompt or messages, and not both")
+        tokenizer, options = self.client.about.tokenizer, body.chat_template_kwargs
+        if body.prompt is not None:
+            tokens = await asyncio.to_thread(encode, tokenizer, body.prompt)
+        else:
+            messages = body.messages or []
+            tokens = await asyncio.to_thread(encode_chat, tokenizer, messages, options)
+        longest = self.client.about.limits.longest_sequence()
+        return reply_json({"tokens": tokens, "count": len(tokens), "max_model_len": longest})
+
+    async def detokenize(self, body: DetokenizeRequest) -> Response:
+        """The text of token ids."""
+        about = self.client.about
+        check_token_ids(body.tokens, about.limits.vocab_size)
+        text = about.tokenizer.backend_tokenizer.decode(body.tokens, skip_special_tokens=False)
+        return reply_json({"prompt": text})
+
+    async def page(self) -> Response:
+        """A small chat, to try the model by hand."""
+        path = Path(__file__).with_name("chat.html")
+        return Response(path.read_bytes(), media_type="text/html; charset=utf-8")
+
+
+def template_options(body: ChatRequest) -> dict[str, Any]:
+    """What the chat template is told besides the messages."""
+    tools = body.tools if body.tool_choice != "none" else None
+    return {**(body.chat_template_kwargs or {}), **({"tools": tools} if tools else {})}
+
+
+def ends_in_thought(tokenizer: Any, prompt: list[int]) -> bool:
+    """Does the prompt end where the model is to think? Some chat templates begin the thought."""
+    end = tokenizer.backend_tokenizer.decode(prompt[-8:], skip_special_tokens=False)
+    return end.rstrip().endswith("<think>")
