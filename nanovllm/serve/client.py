@@ -133,12 +133,17 @@ class EngineClient:
         self.on_news(known)
 
     def send(self) -> None:
-        """A thread's life: bring what is asked for to the engine, which may be in a step."""
-        ask: Ask | None = Ask(-1)
+        """A thread's life: bring what is asked for to the engine, which may be in a step.
+
+        All that waits goes in one message: a thread gets its turn seldom where another is busy.
+        """
+        asks: list[Ask | None] = [Ask(-1)]
         try:
-            while ask is not None:
-                ask = self.asks.get()
-                self.pipe.send(ask)  # None is goodbye
+            while asks[-1] is not None:  # None is goodbye
+                asks = [self.asks.get()]
+                while not self.asks.empty():
+                    asks.append(self.asks.get())
+                self.pipe.send(asks)
         except OSError:
             pass  # the engine is gone: `receive` says so
 

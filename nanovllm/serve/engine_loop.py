@@ -72,13 +72,14 @@ class EngineLoop:
         """Do what has been asked for; where there is nothing to do, wait until something is."""
         is_idle = not self.seqs
         while self.pipe.poll(None if is_idle else 0):
-            ask, is_idle = self.pipe.recv(), False
-            if ask is None:
-                raise EOFError("the asker has said goodbye")
-            if ask.params is None:
-                self.forget(ask.key)
-            else:
-                self.add(ask)
+            is_idle = False
+            for ask in self.pipe.recv():
+                if ask is None:
+                    raise EOFError("the asker has said goodbye")
+                if ask.params is None:
+                    self.forget(ask.key)
+                else:
+                    self.add(ask)
 
     def add(self, ask: Ask) -> None:
         """Queue a request; one that does not fit this engine ends at once."""
