@@ -11,9 +11,9 @@ def serving(height: int = 300) -> Axes:
     """Callers, the server's process with its event loop, the pipe, the engine's process."""
     ax = canvas(height)
     box(ax, 104, 14, 280, 274, "", NEUTRAL)
-    label(ax, 244, 36, "the server: one event loop", bold=True)
+    label(ax, 244, 36, "server: one event loop", bold=True)
     box(ax, 492, 14, 200, 274, "", NEUTRAL)
-    label(ax, 592, 36, "the engine: one thread", bold=True)
+    label(ax, 592, 36, "engine: one thread", bold=True)
     for i in range(3):
         y = 78 + 66 * i
         box(ax, 6, y, 62, 38, "caller", WHITE, size=SMALL)

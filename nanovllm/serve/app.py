@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import Response
 
 from nanovllm.serve.client import Busy, EngineClient
@@ -16,6 +17,8 @@ from nanovllm.serve.metrics import Metrics
 from nanovllm.serve.protocol import ChatRequest, CompletionRequest
 from nanovllm.serve.server import Server
 from nanovllm.serve.settings import ServeConfig
+
+LOCAL_HOSTS = ["127.0.0.1", "localhost", "[::1]"]
 
 
 def make_app(client: EngineClient, config: ServeConfig) -> FastAPI:
@@ -32,6 +35,8 @@ def make_app(client: EngineClient, config: ServeConfig) -> FastAPI:
     for kind, tell in TELLERS.items():
         app.add_exception_handler(kind, tell)
     app.add_middleware(Guard, api_key=config.api_key, max_body_bytes=config.max_body_bytes)
+    if config.api_key is None and config.host in LOCAL_HOSTS:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
     if config.allowed_origins:
         origins, every = list(config.allowed_origins), ["*"]
         app.add_middleware(
@@ -81,4 +86,5 @@ TELLERS: dict[type[Exception], Any] = {
     Busy: lambda _, error: refusal(429, str(error), code="too_many_requests"),
     HTTPException: lambda _, error: refusal(error.status_code, str(error.detail)),
     RuntimeError: lambda _, error: refusal(500, str(error)),
+    Exception: lambda _, error: refusal(500, "the server has failed; its log says how"),
 }
