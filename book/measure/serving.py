@@ -87,7 +87,7 @@ async def stream(port: int, body: dict, due: float, start: float) -> Seen:
     await asyncio.sleep(max(0.0, start + due - time.monotonic()))
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     text = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
     pieces, end = [], b""
     while b"[DONE]" not in end:

@@ -8,7 +8,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import Response
 
 from nanovllm.serve.client import Busy, EngineClient
@@ -17,8 +16,6 @@ from nanovllm.serve.metrics import Metrics
 from nanovllm.serve.protocol import ChatRequest, CompletionRequest
 from nanovllm.serve.server import Server
 from nanovllm.serve.settings import ServeConfig
-
-LOCAL_HOSTS = ["127.0.0.1", "localhost", "[::1]"]
 
 
 def make_app(client: EngineClient, config: ServeConfig) -> FastAPI:
@@ -34,9 +31,7 @@ def make_app(client: EngineClient, config: ServeConfig) -> FastAPI:
     add_routes(app, client, config)
     for kind, tell in TELLERS.items():
         app.add_exception_handler(kind, tell)
-    app.add_middleware(Guard, api_key=config.api_key, max_body_bytes=config.max_body_bytes)
-    if config.api_key is None and config.host in LOCAL_HOSTS:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
+    app.add_middleware(Guard, config=config)
     if config.allowed_origins:
         origins, every = list(config.allowed_origins), ["*"]
         app.add_middleware(
