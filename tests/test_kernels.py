@@ -43,6 +43,7 @@ from nanovllm.kernels.all_reduce import all_reduce
 from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.decode_attention import paged_decode_attention
 from nanovllm.kernels.fixed_attention import fixed_attention
+from nanovllm.kernels.logprobs import logprobs_of, logprobs_torch
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.penalties import Penalties, penalise_, penalise_torch_
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
@@ -904,6 +905,45 @@ def test_penalties_are_those_of_the_definition(lengths, first, dtype):
         )
         assert not ((changed != logits) & (expected == logits.double())).any()
     assert not on_device.counts.any()
+
+
+# Log-probabilities
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [0, 1, 5, 20])
+@pytest.mark.parametrize("num_columns", [1, 320, 4096, 12_799])
+def test_log_probabilities_are_those_of_float64_and_ties_go_to_the_first(num_columns, count, dtype):
+    x = torch.randn(6, num_columns) * 3
+    x[1], x[2] = x[1].round(), 0.0  # many are equal
+    x[2, ::3] = -0.0
+    x[3, num_columns // 2 + 1 :], x[4] = -torch.inf, x[4] * 100
+    logits, sampled = x.to(dtype), torch.randint(num_columns, (9,))
+    wanted = torch.randint(num_columns, (6, 4))
+    wanted[:, 0], wanted[::2, 3] = torch.randperm(9)[:6], -1
+    token_ids = torch.where(wanted[:, 3] < 0, sampled[wanted[:, 0]], wanted[:, 3])
+    scores, count = logits.double().log_softmax(dim=1), min(count, num_columns)
+    ids = logits.float().sort(dim=1, descending=True, stable=True).indices[:, :count]
+    told = scores.gather(1, torch.cat([token_ids.unsqueeze(1), ids], dim=1))
+    with kernels():
+        found = logprobs_of(guarded(logits), guarded(wanted), guarded(sampled), count)
+    for each in (found.cpu(), logprobs_torch(logits, wanted, sampled, count)):
+        assert torch.equal(each[:, 1 + count :], ids.float())
+        torch.testing.assert_close(each[:, : 1 + count].double(), told, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_without_a_token_is_told_nothing_and_harms_nobody():
+    """Its logits held a NaN, so that -1 was sampled."""
+    logits = torch.randn(3, 5000)
+    logits[1, 4999] = torch.nan
+    wanted = torch.tensor([[row, 7, 0, -1] for row in range(3)])
+    with kernels():
+        found = logprobs_of(
+            guarded(logits), guarded(wanted), guarded(torch.tensor([5, -1, 6])), 3
+        ).cpu()
+    expected = logprobs_torch(logits, wanted, torch.tensor([5, 0, 6]), 3)
+    assert found[1, :4].isnan().all()
+    torch.testing.assert_close(found[::2], expected[::2])
 
 
 # A fixed order
