@@ -22,7 +22,7 @@ from nanovllm.kernels.add_rms_norm import add_rms_norm
 from nanovllm.kernels.all_reduce import all_reduce
 from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.decode_attention import paged_decode_attention
-from nanovllm.kernels.fixed_attention import fixed_attention
+from nanovllm.kernels.fixed_attention import fixed_attention, fixed_decode
 from nanovllm.kernels.fixed_order import fixed_order
 from nanovllm.kernels.logprobs import logprobs_of
 from nanovllm.kernels.norm_rope_store import norm_rope_store
@@ -90,6 +90,7 @@ def attention(dtype: torch.dtype, head_dim: int, group: int, block_size: int) ->
         tables = torch.zeros(batch, 4, dtype=torch.int32)
         lens = torch.ones(batch, dtype=torch.int32)
         paged_decode_attention(q, *caches, tables, lens, 0.1, order=lens)
+        fixed_decode(q, caches.unbind(), tables, lens, lens, 0.1, torch.empty_like(q))
     starts = torch.arange(batch + 1, dtype=torch.int32)
     for max_new in (1, 512):
         paged_prefill_attention(q, *caches, tables, lens, starts, max_new, 0.1)

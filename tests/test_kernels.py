@@ -37,12 +37,13 @@ from kernel_cases import (
 from torch import Tensor
 
 from nanovllm.kernels import candidates, jit, penalties, prefill_attention, prefill_hopper
+from nanovllm.kernels import fixed_attention as fixed_attention_module
 from nanovllm.kernels import small_linear as small_linear_module
 from nanovllm.kernels.add_rms_norm import add_rms_norm, add_rms_norm_torch
 from nanovllm.kernels.all_reduce import all_reduce
 from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.decode_attention import paged_decode_attention
-from nanovllm.kernels.fixed_attention import fixed_attention
+from nanovllm.kernels.fixed_attention import fixed_attention, fixed_decode
 from nanovllm.kernels.logprobs import logprobs_of, logprobs_torch
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.penalties import Penalties, penalise_, penalise_torch_
@@ -952,9 +953,9 @@ def test_a_row_without_a_token_is_told_nothing_and_harms_nobody():
 @each_dtype
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (6, 2, 32), (8, 1, 16)])
 def test_fixed_attention_is_attention_and_the_same_for_any_portion(
-    heads, kv_heads, head_dim, dtype
+    heads, kv_heads, head_dim, dtype, monkeypatch
 ):
-    """Whole prompts, their last tokens, and a decode: right, and equal to the bit."""
+    """Whole prompts, their last tokens, and decodes, split and not: right, and equal to the bit."""
     spans = [(70, 70), (1, 1), (20, 90)]
     batch = PagedBatch(spans, 16, heads, kv_heads, head_dim, dtype)
     caches, lens = (batch.k_cache, batch.v_cache), batch.on_device(batch.lens)
@@ -972,12 +973,27 @@ def test_fixed_attention_is_attention_and_the_same_for_any_portion(
             found = fixed_attention(*inputs, torch.empty_like(q))
         return list(found.split([len(row) for row in rows]))
 
+    def decode(splits: int, most_bytes: int) -> list[Tensor]:
+        """The last token of each text, by so many programs a context."""
+        monkeypatch.setattr(fixed_attention_module, "splits_for", lambda rows, device: splits)
+        monkeypatch.setattr(fixed_attention_module, "MOST_BYTES", most_bytes)
+        q = torch.cat([batch.q[stop - 1 : stop] for stop in batch.starts[1:]])
+        starts, counters = batch.on_device([0, 1, 2, 3]), batch.on_device([0] * 3 * kv_heads)
+        inputs = q, caches, batch.tables, lens, starts, batch.scale, torch.empty_like(q), counters
+        with kernels():
+            found = fixed_decode(*inputs)
+        assert not counters.any()
+        return list(found.split(1))
+
     whole = attend(70)
     check(torch.cat(whole), batch.expected(), factor=2)
     for count in (1, 2, 17, 33):
         for part, full in zip(attend(count), whole, strict=True):
             if ON_GPU or dtype == torch.float32:  # else NumPy's products, which depend on a tile
                 assert torch.equal(part, full[-len(part) :])
+    for splits, most_bytes in ((1, 1 << 20), (2, 1 << 20), (3, 1 << 20), (66, 1 << 20), (2, 1)):
+        for part, full in zip(decode(splits, most_bytes), attend(1), strict=True):
+            assert torch.equal(part, full)
 
 
 # One request's NaN

@@ -70,16 +70,10 @@ class ModelRunner:
 
     def forward(self, step: Step, inputs: Inputs) -> torch.Tensor:
         """The hidden states, [num_tokens, hidden_size]."""
-        context = Context(
-            inputs["slot_mapping"],
-            inputs["block_tables"],
-            inputs["context_lens"],
-            inputs["cu_seqlens"],
-            step.shape.num_decodes,
-            step.max_new,
-            order=inputs["order"],
-            counters=self.counters,
-        )
+        slots, tables = inputs["slot_mapping"], inputs["block_tables"]
+        lens, starts, order = inputs["context_lens"], inputs["cu_seqlens"], inputs["order"]
+        counts, counters = (step.shape.num_decodes, step.max_new), self.counters
+        context = Context(slots, tables, lens, starts, *counts, order=order, counters=counters)
         with set_context(context):
             return self.model(inputs["input_ids"], inputs["positions"])
 
@@ -153,9 +147,7 @@ class ModelRunner:
         """Bring a step to the device and let it run: replayed, or kernel by kernel."""
         with self.own_settings():
             self.receive(step)
-            ran = self.graphs.run(step)
-            logits_of = self.model.compute_logits, self.model.lm_head.group.gather
-            scores = score_tokens(step, ran, self.input_buffer, self.sampled, *logits_of)
+            scores = self.score(step, self.graphs.run(step))
             return self.read_sampled(step).with_scores(step.asked, scores)
 
     def receive(self, step: Step) -> None:
@@ -225,6 +217,11 @@ class ModelRunner:
         with device, fixed_order(self.sum_counters):
             yield
 
+    def score(self, step: Step, ran: Ran) -> torch.Tensor | None:
+        """The log-probabilities that are asked for, on their way to the host."""
+        logits_of = self.model.compute_logits, self.model.lm_head.group.gather
+        return score_tokens(step, ran, self.input_buffer, self.sampled, *logits_of)
+
     @torch.inference_mode()
     def compile_kernels(self, steps: Iterable[list[Sequence]]) -> None:
         """Go through all that these steps launch, while launching is compiling."""
@@ -234,7 +231,9 @@ class ModelRunner:
                 self.receive(step)
                 inputs = step.layout.tensors(self.input_buffer)
                 hidden = self.last_hidden(step, inputs, self.forward(step, inputs))
-                self.resample(step, Ran(hidden, self.sample(hidden, sampling_of(inputs))))
+                ran = Ran(hidden, self.sample(hidden, sampling_of(inputs)))
+                self.resample(step, ran)
+                self.score(step, ran)
 
     def allocate_inputs(self, config: Config) -> None:
         """What graphs find at the same address: inputs, sampled tokens, counters."""
