@@ -162,12 +162,9 @@ def fixed_decode_kernel(
         )  # fmt: skip
 
 
-FEW_ROWS, ROWS = 16, 64  # in a program: for decodes, and for prompts
-
-
-def tile_for(q: torch.Tensor) -> tuple[int, int]:
-    """How many tokens of the context are a tile, and into how many stages reading it is cut."""
-    return (32, 1) if q.element_size() == 4 else (64, 2)
+def tile_for(q: torch.Tensor) -> tuple[int, int, int]:
+    """Rows and tokens of the context in a tile, and how many are read at a time: for any batch."""
+    return (16, 32, 1) if q.element_size() == 4 else (64, 64, 2)
 
 
 def fixed_attention(
@@ -188,8 +185,7 @@ def fixed_attention(
     """
     (num_heads, head_dim), (block_size, num_kv_heads) = q.shape[1:], k_cache.shape[1:3]
     group, pdl = num_heads // num_kv_heads, overlaps(q)
-    # No matrix unit takes float32: there the order depends on the number of rows.
-    rows, (tile, stages) = FEW_ROWS if max_new == 1 or q.element_size() == 4 else ROWS, tile_for(q)
+    rows, tile, stages = tile_for(q)
     rows = max(rows, triton.next_power_of_2(group))
     grid = num_kv_heads, triton.cdiv(max_new, rows // group), len(block_tables) - first_seq
     fixed_attention_kernel[grid](
@@ -219,7 +215,7 @@ def fixed_decode(
     caches: k_cache and v_cache; counters: as in `paged_decode_attention`.
     """
     block_size, num_kv_heads, head_dim = caches[0].shape[1:]
-    (tile, stages), group, pdl = tile_for(q), q.shape[1] // num_kv_heads, overlaps(q)
+    (rows, tile, stages), group, pdl = tile_for(q), q.shape[1] // num_kv_heads, overlaps(q)
     items, max_tiles = len(block_tables) * num_kv_heads, block_tables.shape[1] * block_size // tile
     splits = splits_for(items, q.device)
     if splits == 1 or 4 * items * max_tiles * group * head_dim > MOST_BYTES:
@@ -230,8 +226,7 @@ def fixed_decode(
         out, bests, torch.empty_like(bests), means, counters, q, *caches, block_tables,
         context_lens, scale * LOG2_E, block_tables.stride(0), BLOCK_SIZE=block_size,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim,
-        ROWS=max(FEW_ROWS, triton.next_power_of_2(group)),
-        GROUP_ROWS=triton.next_power_of_2(group), TILE=tile, PDL=pdl, launch_pdl=pdl, num_warps=4,
-        num_stages=stages, enable_fp_fusion=False,
+        ROWS=max(rows, triton.next_power_of_2(group)), GROUP_ROWS=triton.next_power_of_2(group),
+        TILE=tile, PDL=pdl, launch_pdl=pdl, num_warps=4, num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip
     return out
