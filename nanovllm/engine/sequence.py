@@ -4,11 +4,14 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from nanovllm.engine.block import Prefix
 from nanovllm.engine.detokenizer import Detokenizer
-from nanovllm.engine.guide import Guide
 from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # it needs NumPy
+    from nanovllm.engine.guide import Guide
 
 
 class SequenceStatus(Enum):
@@ -60,7 +63,7 @@ class Sequence:
         if at == len(taken):
             taken.append({token_id: logprob, **dict(zip(likely[:count], logprobs[:count]))})
 
-    guide: Guide | None = None  # what its text must follow
+    guide: "Guide | None" = None  # what its text must follow
 
     @property
     def num_missing_tokens(self) -> int:

@@ -81,8 +81,8 @@ class Busy(Exception):
 class EngineClient:
     """Puts requests to an engine and hands out what comes back, in one event loop.
 
-    The loop never waits for the engine, nor the engine for the loop: one thread sends, another
-    receives, and both ends of the pipe are always read.
+    The loop never waits for the engine: a thread of its own sends, and what has come is read when
+    it is there. Nor does the engine wait for the loop: it sends where there is room.
     """
 
     def __init__(self, pipe: Connection, max_open: int = 1024):
@@ -91,7 +91,7 @@ class EngineClient:
             raise about
         self.about, self.pipe, self.max_open = about, pipe, max_open
         self.answers: dict[int, Answer] = {}  # the open ones
-        self.on_news: Callable[[Answer, News], None] = lambda answer, news: None
+        self.on_news: Callable[[list[tuple[Answer, News]]], None] = lambda known: None
         self.on_loss: Callable[[], None] = lambda: None
         self.keys = count()
         self.asks: SimpleQueue[Ask | None] = SimpleQueue()
@@ -101,8 +101,8 @@ class EngineClient:
     def start(self) -> None:
         """Begin to send and to receive; in the event loop that the answers are read in."""
         self.loop = asyncio.get_running_loop()
-        for target in (self.send, self.receive):
-            Thread(target=target, name=f"engine {target.__name__}", daemon=True).start()
+        self.loop.add_reader(self.pipe.fileno(), self.receive)
+        Thread(target=self.send, name="asks", daemon=True).start()
 
     def submit(self, seqs: list[Sequence]) -> list[Answer]:
         """Ask for requests that belong together; Busy where there are too many already."""
@@ -123,41 +123,48 @@ class EngineClient:
             if self.answers.pop(answer.key, None) is not None:
                 self.asks.put(Ask(answer.key))
 
-    def hand_out(self, told: list[News], load: Load) -> None:
+    def hand_out(self, told: list[News]) -> None:
         """Give each its news."""
-        self.load = load
-        for news in told:
-            if (answer := self.answers.get(news.key)) is not None:
-                if news.finish_reason is not None:
-                    del self.answers[news.key]
-                answer.put(news)
-                self.on_news(answer, news)
+        known = [(self.answers[news.key], news) for news in told if news.key in self.answers]
+        for answer, news in known:
+            if news.finish_reason is not None:
+                del self.answers[news.key]
+            answer.put(news)
+        self.on_news(known)
 
     def send(self) -> None:
-        """A thread's life: bring what is asked for to the engine."""
-        ask: Ask | None = Ask(-1)
+        """A thread's life: bring what is asked for to the engine, which may be in a step.
+
+        All that waits goes in one message: a thread gets its turn seldom where another is busy.
+        """
+        asks: list[Ask | None] = [Ask(-1)]
         try:
-            while ask is not None:
-                ask = self.asks.get()
-                self.pipe.send(ask)  # None is goodbye
+            while asks[-1] is not None:  # None is goodbye
+                asks = [self.asks.get()]
+                while not self.asks.empty():
+                    asks.append(self.asks.get())
+                self.pipe.send(asks)
         except OSError:
             pass  # the engine is gone: `receive` says so
 
     def receive(self) -> None:
-        """A thread's life: bring what the engine tells to the event loop."""
+        """Something has come through the pipe, or it has ended."""
         try:
-            while True:
+            while self.pipe.poll():
                 told, load = self.pipe.recv()
-                self.loop.call_soon_threadsafe(self.hand_out, told, load)
-        except (EOFError, OSError, RuntimeError):  # the engine is gone, or the event loop
+                self.load = Load(*load)
+                self.hand_out([News(*news) for news in told])
+        except (EOFError, OSError):
+            self.loop.remove_reader(self.pipe.fileno())
             self.is_alive = False
-        if not self.is_closing and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.give_up)
+            if not self.is_closing:
+                self.give_up()
 
     def give_up(self) -> None:
         """The engine is gone: whoever waits is told."""
-        lost = [News(key, [], [], "abort", "the engine has ended") for key in self.answers]
-        self.hand_out(lost, self.load._replace(failure="the engine has ended"))
+        failure = "the engine has ended"
+        self.load = self.load._replace(failure=failure)
+        self.hand_out([News(key, [], [], "abort", failure) for key in self.answers])
         self.on_loss()
 
     def close(self) -> None:

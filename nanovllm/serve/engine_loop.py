@@ -1,6 +1,7 @@
 """The one who steps the engine: asked and heard through a pipe, in a process or a thread."""
 
 import logging
+import select
 from collections import deque
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -51,7 +52,10 @@ class EngineLoop:
         self.llm, self.pipe = llm, pipe
         self.seqs: dict[int, Sequence] = {}  # the unfinished ones, by the asker's key
         self.keys: dict[int, int] = {}  # their ids -> the keys
+        self.untold: list[tuple] = []  # news that has not been sent
         self.failure: str | None = None
+        self.room = select.poll()
+        self.room.register(pipe.fileno(), select.POLLOUT)
 
     def run(self) -> None:
         """Step until the other end of the pipe is closed; an idle engine sleeps."""
@@ -68,13 +72,14 @@ class EngineLoop:
         """Do what has been asked for; where there is nothing to do, wait until something is."""
         is_idle = not self.seqs
         while self.pipe.poll(None if is_idle else 0):
-            ask, is_idle = self.pipe.recv(), False
-            if ask is None:
-                raise EOFError("the asker has said goodbye")
-            if ask.params is None:
-                self.forget(ask.key)
-            else:
-                self.add(ask)
+            is_idle = False
+            for ask in self.pipe.recv():
+                if ask is None:
+                    raise EOFError("the asker has said goodbye")
+                if ask.params is None:
+                    self.forget(ask.key)
+                else:
+                    self.add(ask)
 
     def add(self, ask: Ask) -> None:
         """Queue a request; one that does not fit this engine ends at once."""
@@ -83,7 +88,7 @@ class EngineLoop:
             seq.unread = deque()
             self.seqs[ask.key], self.keys[seq.seq_id] = self.llm.add(seq), ask.key
         except Exception as error:
-            self.pipe.send(([News(ask.key, [], [], "error", str(error))], self.load()))
+            self.untold.append(tuple(News(ask.key, [], [], "error", str(error))))
 
     def forget(self, key: int) -> None:
         """Nobody waits for a request any more; it may have ended already."""
@@ -102,9 +107,11 @@ class EngineLoop:
             return [seq for seq in self.seqs.values() if seq.is_finished]
 
     def tell(self, grown: list[Sequence]) -> None:
-        """Send what is new of these sequences, in one message."""
-        news = [self.news_of(seq) for seq in grown if seq.seq_id in self.keys]
-        self.pipe.send((news, self.load()))
+        """Send what is new of these sequences, in one message; where there is no room, later."""
+        self.untold += [tuple(self.news_of(seq)) for seq in grown if seq.seq_id in self.keys]
+        if not self.seqs or self.room.poll(0):
+            self.pipe.send((self.untold, tuple(self.load())))
+            self.untold = []
 
     def news_of(self, seq: Sequence) -> News:
         """What is new of a sequence: as a rule one token."""

@@ -30,11 +30,15 @@ class Metrics:
         self.registry.register(self)
         client.on_news = self.note
 
-    def note(self, answer: Answer, news: News) -> None:
-        """Something has come of a request."""
-        self.generated.inc(len(news.token_ids))
-        if news.finish_reason is None:
-            return
+    def note(self, known: list[tuple[Answer, News]]) -> None:
+        """Something has come of some requests."""
+        self.generated.inc(sum(len(news.token_ids) for _, news in known))
+        for answer, news in known:
+            if news.finish_reason is not None:
+                self.note_end(answer, news)
+
+    def note_end(self, answer: Answer, news: News) -> None:
+        """A request has ended."""
         self.ended.labels(news.finish_reason).inc()
         if (end := news.metrics) is not None:
             self.prompt.inc(len(answer.prompt))

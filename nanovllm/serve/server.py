@@ -28,6 +28,7 @@ from nanovllm.utils.chat import encode_chat
 from nanovllm.utils.tokenizer import check_token_ids, encode
 
 Built = Callable[[], list[Sequence]]
+LONG = 10_000  # bytes of a body; to change threads takes as long as to read one that is shorter
 
 
 class Server:
@@ -45,7 +46,7 @@ class Server:
 
         if body.echo and body.stream and body.logprobs is not None:
             raise ValueError("echo with logprobs is not streamed: they come at the end")
-        answers = self.client.submit(await self.built(body, build))
+        answers = self.client.submit(await self.built(request, body, build))
         call = CompletionCall(self.client, answers, self.model, body)
         return await self.answer(request, call, bool(body.stream))
 
@@ -57,16 +58,17 @@ class Server:
             prompt = encode_chat(self.client.about.tokenizer, body.messages, template_options(body))
             return list(sequences_of([prompt], params, body.n or 1, self.client.about))
 
-        answers = self.client.submit(await self.built(body, build))
+        answers = self.client.submit(await self.built(request, body, build))
         in_thought = ends_in_thought(self.client.about.tokenizer, answers[0].prompt)
         call = ChatCall(self.client, answers, self.model, body, in_thought)
         return await self.answer(request, call, bool(body.stream))
 
-    async def built(self, body: Sampling, build: Built) -> list[Sequence]:
-        """The sequences of a call; in another thread, as a long text takes its time."""
+    async def built(self, request: Request, body: Sampling, build: Built) -> list[Sequence]:
+        """The sequences of a call; of a long text in another thread, as it takes its time."""
         if body.model not in (None, self.model):
             raise LookupError(f"the model {body.model!r} is not served here: {self.model!r} is")
-        return await asyncio.to_thread(build)
+        is_short = int(request.headers.get("content-length", LONG)) < LONG
+        return build() if is_short else await asyncio.to_thread(build)
 
     async def answer(self, request: Request, call: Call, stream: bool) -> Response:
         """The reply to a call, whole or in pieces; a caller who leaves is not waited for."""
