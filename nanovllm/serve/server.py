@@ -42,10 +42,12 @@ class Server:
 
         def build() -> list[Sequence]:
             params = completion_params(body, self.client.about)
-            return list(sequences_of(prompts_of(body), params, body.n or 1, self.client.about))
+            return list(sequences_of(prompts, params, body.n or 1, self.client.about))
 
         if body.echo and body.stream and body.logprobs is not None:
             raise ValueError("echo with logprobs is not streamed: they come at the end")
+        prompts = prompts_of(body)
+        self.client.check_room(len(prompts) * (body.n or 1))
         answers = self.client.submit(await self.built(request, body, build))
         call = CompletionCall(self.client, answers, self.model, body)
         return await self.answer(request, call, bool(body.stream))
@@ -58,6 +60,7 @@ class Server:
             prompt = encode_chat(self.client.about.tokenizer, body.messages, template_options(body))
             return list(sequences_of([prompt], params, body.n or 1, self.client.about))
 
+        self.client.check_room(body.n or 1)
         answers = self.client.submit(await self.built(request, body, build))
         in_thought = ends_in_thought(self.client.about.tokenizer, answers[0].prompt)
         call = ChatCall(self.client, answers, self.model, body, in_thought)
