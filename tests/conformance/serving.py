@@ -50,7 +50,9 @@ class Served:
 
     def __init__(self, llm: Any, **options: Any):
         self.llm, self.config = llm, ServeConfig(port=0, **options)
+        before = set(threading.enumerate())
         self.client = EngineClient(in_thread(llm), self.config.max_open)
+        (self.engine,) = set(threading.enumerate()) - before
         app = make_app(self.client, self.config)
         self.server = uvicorn.Server(uvicorn.Config(app, **settings_of(self.config)))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
@@ -79,11 +81,10 @@ class Served:
     def close(self) -> None:
         """End the server, and let go of the engine."""
         self.http.close()
-        self.server.should_exit = self.server.force_exit = True
-        self.thread.join(PATIENCE_S)
-        assert not self.thread.is_alive()
-        engines = [thread for thread in threading.enumerate() if thread.name == "engine"]
-        until(lambda: not any(thread.is_alive() for thread in engines), "the engine's thread ends")
+        self.server.should_exit = True
+        for thread in (self.thread, self.engine):
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive(), thread.name
 
 
 @contextmanager

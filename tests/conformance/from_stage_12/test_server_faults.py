@@ -17,7 +17,6 @@ import pytest
 from device import DEVICE, build
 from serving import (
     Command,
-    Served,
     events,
     is_running,
     raw,
