@@ -44,10 +44,10 @@ FLOORS = (
     {"kernels", "parallel"},
     {"config", "sampling_params", "utils"},
 )
-# What a caller's program uses, and what Python and torch call by name.
+# What a caller's program uses, and what Python, torch and uvicorn call by name.
 CALLERS = set(
     "LLM.generate LLM.stream LLM.chat LLM.abort LLM.add_request LLM.step LLM.is_finished LLM.exit "
-    "main forward check_integrity __getattr__ __dir__ __all__ __version__".split()
+    "main forward handle_exit check_integrity __getattr__ __dir__ __all__ __version__".split()
 )
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 

@@ -48,6 +48,7 @@ def add_routes(app: FastAPI, client: EngineClient, config: ServeConfig) -> None:
     app.add_api_route("/tokenize", server.tokenize, methods=["POST"], response_model=None)
     app.add_api_route("/detokenize", server.detokenize, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", server.models, response_model=None)
+    app.add_api_route("/v1/models/{name:path}", server.one_model, response_model=None)
     app.add_api_route("/health", server.health, response_model=None)
     app.add_api_route("/metrics", metrics.page, response_model=None)
     app.add_api_route("/", server.page, response_model=None)

@@ -22,7 +22,7 @@ PATHS = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
 
 @pytest.fixture(scope="module")
 def server():
-    llm = build(dtype="float32", num_kvcache_blocks=300, kvcache_block_size=16)
+    llm = build(dtype="float32", max_model_len=96, kvcache_block_size=16, num_kvcache_blocks=300)
     with served(llm) as server:
         server.good = server.post("/v1/completions", GOOD).json()["choices"]
         yield server
@@ -137,7 +137,7 @@ BODIES = {
     "half": BODY[:-3],
     "two": BODY + BODY,
     "no UTF-8": b'{"prompt": "\xff\xfe"}',
-    "UTF-16": BODY.decode().encode("utf-16"),
+    "Latin-1": '{"prompt": "é"}'.encode("latin-1"),
     "a NUL": b"\x00" * 100,
     "deep lists": b"[" * 100_000 + b"]" * 100_000,
     "deep objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
