@@ -26,6 +26,8 @@ class Guide:
 
     def __init__(self, params: SamplingParams, tokenizer: Any, vocab_size: int):
         """ValueError for a grammar that is none, or where there is nothing to read it with."""
+        if params.grammar is not None and params.json_schema is not None:
+            raise ValueError("json_schema and grammar are not both to be had")
         if tokenizer is None or tokenizer.eos_token_id is None:
             raise ValueError("a grammar needs a tokenizer with an end-of-sequence token")
         try:

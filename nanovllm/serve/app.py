@@ -31,7 +31,7 @@ def make_app(client: EngineClient, config: ServeConfig) -> FastAPI:
     add_routes(app, client, config)
     for kind, tell in TELLERS.items():
         app.add_exception_handler(kind, tell)
-    app.add_middleware(Guard, api_key=config.api_key, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(Guard, config=config)
     if config.allowed_origins:
         origins, every = list(config.allowed_origins), ["*"]
         app.add_middleware(
@@ -84,4 +84,5 @@ TELLERS: dict[type[Exception], Any] = {
     Busy: lambda _, error: refusal(429, str(error), code="too_many_requests"),
     HTTPException: lambda _, error: refusal(error.status_code, str(error.detail)),
     RuntimeError: lambda _, error: refusal(500, str(error)),
+    Exception: lambda _, error: refusal(500, "the server has failed; its log says how"),
 }

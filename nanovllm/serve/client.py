@@ -154,9 +154,14 @@ class EngineClient:
             pass  # the engine is gone: `receive` says so
 
     def receive(self) -> None:
-        """Something has come through the pipe, or it has ended."""
+        """Something has come through the pipe, or it has ended.
+
+        A few messages at a time: an engine that is faster than this loop must not keep it here.
+        """
         try:
-            while self.pipe.poll():
+            for _ in range(8):
+                if not self.pipe.poll():
+                    break
                 told, load = self.pipe.recv()
                 self.load = Load(*load)
                 self.hand_out([News(*news) for news in told])

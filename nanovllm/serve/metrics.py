@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.responses import Response
 
 from nanovllm.serve.client import Answer, EngineClient
@@ -50,7 +50,7 @@ class Metrics:
                 if value is not None:
                     seen.observe(value)
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """How much the engine has to do now; Prometheus's client asks."""
         load = self.client.load
         for name, text, value in (
@@ -58,9 +58,10 @@ class Metrics:
             ("requests_waiting", "Requests that wait for their first step", load.num_waiting),
             ("requests_open", "Requests whose caller waits", len(self.client.answers)),
             ("cache_usage_ratio", "Share of the cache's blocks in use", load.used_blocks),
-            ("preemptions", "Preemptions so far", load.num_preemptions),
         ):
             yield GaugeMetricFamily(f"nanovllm_{name}", text, value=value)
+        text = "Times that a request gave its blocks back"
+        yield CounterMetricFamily("nanovllm_preemptions", text, value=load.num_preemptions)
 
     async def page(self) -> Response:
         """All of it, in Prometheus's text format."""

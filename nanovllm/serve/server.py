@@ -130,8 +130,15 @@ class Server:
 
     async def page(self) -> Response:
         """A small chat, to try the model by hand."""
-        path = Path(__file__).with_name("chat.html")
-        return Response(path.read_bytes(), media_type="text/html; charset=utf-8")
+        page = Path(__file__).with_name("chat.html").read_bytes()
+        return Response(page, headers=PAGE_HEADERS, media_type="text/html; charset=utf-8")
+
+
+PAGE_HEADERS = {  # it is shown in no other page, and as the file is now
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
 
 
 def encode_said(tokenizer: Any, body: ChatRequest | TokenizeRequest) -> list[int]:

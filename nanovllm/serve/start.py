@@ -13,6 +13,7 @@ import uvicorn
 from nanovllm.serve.app import make_app
 from nanovllm.serve.client import EngineClient
 from nanovllm.serve.engine_process import in_process
+from nanovllm.serve.guards import LOCAL_HOSTS
 from nanovllm.serve.settings import ServeConfig
 
 SWITCH_S = 0.001  # how long a thread may keep the interpreter, once another wants it
@@ -25,6 +26,10 @@ def serve(options: dict[str, Any], config: ServeConfig) -> None:
     """
     if config.api_key is None and os.environ.get("NANOVLLM_API_KEY"):
         config = replace(config, api_key=os.environ["NANOVLLM_API_KEY"])
+    if config.api_key is None and config.host not in LOCAL_HOSTS:
+        raise ValueError(
+            f"host={config.host!r} lets others in: give an api_key that they must send"
+        )
     sys.setswitchinterval(SWITCH_S)
     pipe, process = in_process(options)
     try:
