@@ -48,6 +48,7 @@ def add_routes(app: FastAPI, client: EngineClient, config: ServeConfig) -> None:
     app.add_api_route("/tokenize", server.tokenize, methods=["POST"], response_model=None)
     app.add_api_route("/detokenize", server.detokenize, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", server.models, response_model=None)
+    app.add_api_route("/v1/models/{name:path}", server.one_model, response_model=None)
     app.add_api_route("/health", server.health, response_model=None)
     app.add_api_route("/metrics", metrics.page, response_model=None)
     app.add_api_route("/", server.page, response_model=None)
@@ -67,8 +68,10 @@ def tell_misfit(request: Request, error: Any) -> Response:
 
 def tell_bad_value(request: Request, error: Any) -> Response:
     """What the engine refuses, in its words; as a rule they begin with the option's name."""
-    message = str(error)
-    code = "context_length_exceeded" if "exceed max_model_len" in message else None
+    message, code = str(error), None
+    if "exceed max_model_len=" in message:  # clients know it by the code, or by OpenAI's words
+        code, longest = "context_length_exceeded", message.rpartition("=")[2]
+        message += f": this model's maximum context length is {longest} tokens"
     name = message.partition(" ")[0].partition("=")[0].rstrip(":")
     return refusal(400, message, name if name in NAMES else None, code)
 

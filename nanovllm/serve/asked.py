@@ -1,15 +1,18 @@
 """From a request's body to sequences that the engine can run."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from typing import Any
 
+from nanovllm.engine.guide import FORM
 from nanovllm.engine.requests import make_sequence
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.serve.engine_process import SUGGESTED, About
 from nanovllm.serve.protocol import ChatRequest, CompletionRequest, Sampling
+from nanovllm.utils.errors import as_value_error
 from nanovllm.utils.tokenizer import Prompt, as_prompt_list
 
 MOST_STOPS, LONGEST_STOP = 16, 256  # strings, characters: each is searched for at every token
@@ -62,6 +65,27 @@ def completion_params(body: CompletionRequest, about: About) -> SamplingParams:
     return SamplingParams(**asked)
 
 
+CALL = 'start: "<tool_call>\\n" body "\\n</tool_call>"\nbody: %json '
+
+
+def call_grammar(body: ChatRequest) -> str:
+    """The grammar of one call of a tool, as `tool_choice` demands it: of any, or of a named one."""
+    choice, functions = body.tool_choice, [tool["function"] for tool in body.tools or []]
+    if isinstance(choice, dict):
+        functions = [f for f in functions if f["name"] == choice["function"]["name"]]
+    elif choice != "required":
+        raise ValueError(f"it must be none, auto, required or a tool, got {choice!r}")
+    if not functions:
+        raise ValueError("tools hold no such function")
+    calls = [
+        {"name": {"const": f["name"]}, "arguments": f.get("parameters") or {"type": "object"}}
+        for f in functions
+    ]
+    strict = {"type": "object", "required": ["name", "arguments"], "additionalProperties": False}
+    schema = {"anyOf": [{**strict, "properties": call} for call in calls]}
+    return CALL + json.dumps({**schema, "x-guidance": FORM})
+
+
 def chat_params(body: ChatRequest, about: About) -> SamplingParams:
     """How a chat's tokens are to be chosen; ValueError for what can't be."""
     asked = choices_of(body, about)
@@ -71,7 +95,12 @@ def chat_params(body: ChatRequest, about: About) -> SamplingParams:
     asked["max_tokens"] = body.max_completion_tokens or body.max_tokens
     form = body.response_format
     if form is not None and form.type != "text":
-        asked["json_schema"] = form.json_schema.schema_ if form.json_schema else {}
+        if form.type == "json_schema" and form.json_schema is None:
+            raise ValueError("response_format of type json_schema needs a json_schema")
+        asked["json_schema"] = form.json_schema.schema_ if form.json_schema else {"type": "object"}
+    if body.tool_choice not in (None, "auto", "none"):
+        with as_value_error("tool_choice can't be kept to"):
+            asked["grammar"] = call_grammar(body)
     return SamplingParams(**asked)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from nanovllm.engine.outputs import StreamPiece
 from nanovllm.serve.client import Answer, EngineClient, pieces
+from nanovllm.serve.protocol import Sampling
 from nanovllm.serve.replies import usage_of
 
 Choice = dict[str, Any]
@@ -18,8 +19,9 @@ class Call:
 
     kind, chunk_kind, prefix = "", "", ""
 
-    def __init__(self, client: EngineClient, answers: list[Answer], model: str, tells_usage: bool):
-        self.client, self.answers, self.tells_usage = client, answers, tells_usage
+    def __init__(self, client: EngineClient, answers: list[Answer], model: str, body: Sampling):
+        self.client, self.answers, self.n = client, answers, body.n or 1
+        self.tells_usage = body.stream_options is not None and body.stream_options.include_usage
         self.tokenizer = client.about.tokenizer
         self.head: dict[str, Any] = {"id": f"{self.prefix}-{uuid.uuid4().hex}"}
         self.head |= {"object": self.chunk_kind, "created": int(time.time()), "model": model}
@@ -42,10 +44,13 @@ class Call:
         self.client.leave(self.answers)
 
     def usage(self) -> dict[str, Any]:
-        """How many tokens the call took; a prompt counts once, however many answers it has."""
-        prompts = {id(answer.prompt): len(answer.prompt) for answer in self.answers}
-        ends = [answer.last.metrics for answer in self.answers if answer.last is not None]
-        return usage_of(sum(prompts.values()), sum(self.counts), ends)
+        """How many tokens the call took; a prompt counts once, however many answers it has.
+
+        What the prefix cache had of a prompt before the call is what it spared the first answer.
+        """
+        firsts = self.answers[:: self.n]
+        ends = [answer.last.metrics for answer in firsts if answer.last is not None]
+        return usage_of(sum(len(answer.prompt) for answer in firsts), sum(self.counts), ends)
 
     async def events(self) -> AsyncIterator[str]:
         """The stream's events, as JSON: chunks, and at the end the usage where it is asked for."""

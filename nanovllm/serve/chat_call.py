@@ -24,8 +24,7 @@ class ChatCall(Call):
         body: ChatRequest,
         in_thought: bool,
     ):
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        super().__init__(client, answers, model, usage)
+        super().__init__(client, answers, model, body)
         self.body = body
         tools = bool(body.tools) and body.tool_choice != "none"
         self.splitters = [Splitter(in_thought, tools) for _ in answers]

@@ -104,12 +104,18 @@ class EngineClient:
         self.loop.add_reader(self.pipe.fileno(), self.receive)
         Thread(target=self.send, name="asks", daemon=True).start()
 
-    def submit(self, seqs: list[Sequence]) -> list[Answer]:
-        """Ask for requests that belong together; Busy where there are too many already."""
+    def check_room(self, num: int) -> None:
+        """May so many be asked for now? ValueError where they never may; Busy, where later."""
         if not self.is_alive:
             raise RuntimeError("the engine has ended")
-        if len(self.answers) + len(seqs) > self.max_open:
+        if num > self.max_open:
+            raise ValueError(f"{num} answers are asked for at once, and {self.max_open} may be")
+        if len(self.answers) + num > self.max_open:
             raise Busy(f"{len(self.answers)} requests are open, and {self.max_open} may be")
+
+    def submit(self, seqs: list[Sequence]) -> list[Answer]:
+        """Ask for requests that belong together; Busy where there are too many already."""
+        self.check_room(len(seqs))  # once more: others may have come while these were made
         has_news, tokenizer = asyncio.Event(), self.about.tokenizer
         answers = [Answer(next(self.keys), seq, tokenizer, has_news) for seq in seqs]
         for answer in answers:

@@ -18,8 +18,7 @@ class CompletionCall(Call):
     def __init__(
         self, client: EngineClient, answers: list[Answer], model: str, body: CompletionRequest
     ):
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        super().__init__(client, answers, model, usage)
+        super().__init__(client, answers, model, body)
         self.body, self.lengths = body, [0] * len(answers)  # of the texts, in characters
 
     def choice(self, index: int, text: str, told: Any, reason: str | None) -> Choice:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 
 Part = tuple[str, str]  # "reasoning_content", "content", "call" (a tool's name) or "arguments"
-CALL = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\S)')
+CALL = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=[^\s<])')
 
 
 class Splitter:
@@ -38,6 +38,9 @@ class Splitter:
             if not found:
                 break
             at, tag = min(found)
+            if tag == "<think>" and self.held[:at].strip():  # it thinks first, or not at all
+                self.may_think = False
+                continue
             before, self.held = self.held[:at], self.held[at + len(tag) :]
             yield from self.say(before, is_last=True)
             self.enter(tags[tag])
@@ -107,7 +110,5 @@ class Splitter:
         text, self.held = self.held, ""
         if self.state == "call":
             yield "content", f"<tool_call>{text}"
-        elif self.state == "arguments":
-            yield "arguments", text.rstrip()
-        elif text and not (self.is_new and text.isspace()):
-            yield self.state, text
+        elif text.rstrip() if self.is_new or self.state == "arguments" else text:
+            yield self.state, text.rstrip() if self.state == "arguments" else text

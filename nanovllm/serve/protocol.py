@@ -16,6 +16,7 @@ class StreamOptions(Body):
 
     include_usage: bool = False
     include_obfuscation: bool = False  # accepted; there is none
+    continuous_usage_stats: bool = False  # accepted: load generators ask; it comes at the end
 
 
 class Sampling(Body):

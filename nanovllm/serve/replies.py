@@ -12,7 +12,7 @@ Scores = Mapping[int, float | None]
 
 def usage_of(num_prompt: int, num_completion: int, ends: Iterable[RequestMetrics | None]) -> dict:
     """How many tokens a call took; what the prefix cache spared is among the prompt's."""
-    cached = max((end["num_cached_tokens"] for end in ends if end), default=0)
+    cached = sum(end["num_cached_tokens"] for end in ends if end)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
@@ -55,10 +55,13 @@ def completion_logprobs(
     columns: dict[str, list] = {name: [] for name in names}
     for scores in told:
         (own, logprob), *_ = scores.items()
-        text, top = token_text(tokenizer, own), None
+        text = token_text(tokenizer, own)
+        top: dict[str, float] | None = None
         if logprob is not None:
+            logprob, top = max(logprob, -9999.0), {}
             likely = sorted(((value or 0.0, i) for i, value in scores.items()), reverse=True)
-            top = {token_text(tokenizer, i): value for value, i in likely[:num_top]}
+            for score, i in likely[:num_top]:  # of tokens that read the same, the likeliest
+                top.setdefault(token_text(tokenizer, i), max(score, -9999.0))
         for name, value in zip(names, (text, logprob, top, offset), strict=True):
             columns[name].append(value)
         offset += len(text)

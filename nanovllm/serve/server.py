@@ -1,6 +1,7 @@
 """The routes: OpenAI's API before one engine."""
 
 import asyncio
+import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,8 @@ from nanovllm.serve.protocol import (
     Sampling,
     TokenizeRequest,
 )
-from nanovllm.utils.chat import encode_chat
+from nanovllm.utils.chat import check_chat_template, encode_chat
+from nanovllm.utils.errors import as_value_error
 from nanovllm.utils.tokenizer import check_token_ids, encode
 
 Built = Callable[[], list[Sequence]]
@@ -42,10 +44,12 @@ class Server:
 
         def build() -> list[Sequence]:
             params = completion_params(body, self.client.about)
-            return list(sequences_of(prompts_of(body), params, body.n or 1, self.client.about))
+            return list(sequences_of(prompts, params, body.n or 1, self.client.about))
 
         if body.echo and body.stream and body.logprobs is not None:
             raise ValueError("echo with logprobs is not streamed: they come at the end")
+        prompts = prompts_of(body)
+        self.client.check_room(len(prompts) * (body.n or 1))
         answers = self.client.submit(await self.built(request, body, build))
         call = CompletionCall(self.client, answers, self.model, body)
         return await self.answer(request, call, bool(body.stream))
@@ -55,9 +59,10 @@ class Server:
 
         def build() -> list[Sequence]:
             params = chat_params(body, self.client.about)
-            prompt = encode_chat(self.client.about.tokenizer, body.messages, template_options(body))
+            prompt = encode_said(self.client.about.tokenizer, body)
             return list(sequences_of([prompt], params, body.n or 1, self.client.about))
 
+        self.client.check_room(body.n or 1)
         answers = self.client.submit(await self.built(request, body, build))
         in_thought = ends_in_thought(self.client.about.tokenizer, answers[0].prompt)
         call = ChatCall(self.client, answers, self.model, body, in_thought)
@@ -65,8 +70,7 @@ class Server:
 
     async def built(self, request: Request, body: Sampling, build: Built) -> list[Sequence]:
         """The sequences of a call; of a long text in another thread, as it takes its time."""
-        if body.model not in (None, self.model):
-            raise LookupError(f"the model {body.model!r} is not served here: {self.model!r} is")
+        self.check_model(body.model)
         is_short = int(request.headers.get("content-length", LONG)) < LONG
         return build() if is_short else await asyncio.to_thread(build)
 
@@ -80,12 +84,25 @@ class Server:
             call.leave()
         return Response(status_code=499) if reply is None else reply_json(reply)
 
-    async def models(self) -> Response:
-        """The one model that is served."""
+    def check_model(self, name: str | None) -> None:
+        """LookupError where another model is meant."""
+        if name not in (None, self.model):
+            raise LookupError(f"the model {name!r} is not served here: {self.model!r} is")
+
+    def card(self) -> dict[str, Any]:
+        """What there is to say of the model."""
         longest = self.client.about.limits.longest_sequence()
-        model = {"id": self.model, "object": "model", "created": self.started}
-        model |= {"owned_by": "nanovllm", "max_model_len": longest}
-        return reply_json({"object": "list", "data": [model]})
+        card = {"id": self.model, "object": "model", "created": self.started}
+        return {**card, "owned_by": "nanovllm", "max_model_len": longest}
+
+    async def models(self) -> Response:
+        """The list of the one model that is served."""
+        return reply_json({"object": "list", "data": [self.card()]})
+
+    async def one_model(self, name: str) -> Response:
+        """The one that is served; LookupError for another name."""
+        self.check_model(name)
+        return reply_json(self.card())
 
     async def health(self) -> Response:
         """200 while the engine steps; 503 when its last step failed, or it has ended."""
@@ -96,12 +113,11 @@ class Server:
         """The token ids of a text, or of a conversation."""
         if (body.prompt is None) == (body.messages is None):
             raise ValueError("give prompt or messages, and not both")
-        tokenizer, options = self.client.about.tokenizer, body.chat_template_kwargs
+        tokenizer = self.client.about.tokenizer
         if body.prompt is not None:
             tokens = await asyncio.to_thread(encode, tokenizer, body.prompt)
         else:
-            messages = body.messages or []
-            tokens = await asyncio.to_thread(encode_chat, tokenizer, messages, options)
+            tokens = await asyncio.to_thread(encode_said, tokenizer, body)
         longest = self.client.about.limits.longest_sequence()
         return reply_json({"tokens": tokens, "count": len(tokens), "max_model_len": longest})
 
@@ -125,10 +141,25 @@ PAGE_HEADERS = {  # it is shown in no other page, and as the file is now
 }
 
 
-def template_options(body: ChatRequest) -> dict[str, Any]:
-    """What the chat template is told besides the messages."""
-    tools = body.tools if body.tool_choice != "none" else None
-    return {**(body.chat_template_kwargs or {}), **({"tools": tools} if tools else {})}
+def encode_said(tokenizer: Any, body: ChatRequest | TokenizeRequest) -> list[int]:
+    """The token ids of a conversation, as the checkpoint's chat template writes it.
+
+    ValueError where the body brings a template, which is a program, or what else is not for it
+    to say. An assistant that has called tools need not have said anything.
+    """
+    check_chat_template(tokenizer)
+    options = dict(body.chat_template_kwargs or {})
+    for name in inspect.signature(tokenizer.apply_chat_template).parameters.keys() & options:
+        raise ValueError(f"chat_template_kwargs can't hold {name}: it is no option of a template")
+    if isinstance(body, ChatRequest) and body.tools and body.tool_choice != "none":
+        options["tools"] = body.tools
+    messages = body.messages or []
+    messages = [
+        {**said, "content": said.get("content") or ""} if said.get("tool_calls") else said
+        for said in messages
+    ]
+    with as_value_error("messages"):
+        return encode_chat(tokenizer, messages, options)
 
 
 def ends_in_thought(tokenizer: Any, prompt: list[int]) -> bool:

@@ -41,6 +41,7 @@ def serve(options: dict[str, Any], config: ServeConfig) -> None:
         if not client.is_alive and not client.is_closing:
             raise RuntimeError(client.load.failure)
     finally:
+        pipe.close()  # the engine ends, if nobody has told it to
         process.join(10)
         process.kill()
 
@@ -60,6 +61,11 @@ class Listening(uvicorn.Server):
         for door in (door for server in self.servers for door in server.sockets):
             host, port = door.getsockname()[:2]
             print(f"nanovllm: serving at http://{host}:{port}", file=sys.stderr, flush=True)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """A signal has come; after a second one, of whatever kind, nothing is waited for."""
+        self.force_exit = self.should_exit
+        super().handle_exit(sig, frame)
 
 
 @contextmanager
