@@ -62,6 +62,12 @@ class SamplingParams:
         None, "write a text of this grammar (Lark, in llguidance's dialect)", offered=False
     )
 
+    @property
+    def is_edited(self) -> bool:
+        """Are logits to be changed?"""
+        wishes = self.logit_bias, self.json_schema, self.grammar
+        return any(wish is not None for wish in wishes)
+
     def bias_problem(self, vocab_size: int) -> str | None:
         """What is wrong with logit_bias, if anything is."""
         for token_id, bias in (self.logit_bias or {}).items():

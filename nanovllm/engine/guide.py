@@ -10,7 +10,7 @@ from nanovllm.utils.errors import as_value_error
 
 MOST_GRAMMAR = 100_000  # characters of a schema or grammar
 # JSON as Python writes it: a small model that may write any white space may write it for ever.
-FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @lru_cache(maxsize=2)  # a table of the whole vocabulary: a second, where it is large

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nanovllm.config import Config, ModelConfig
-from nanovllm.engine.edits import edit_, edits_of
+from nanovllm.engine.edits import edit_
 from nanovllm.engine.graphs import Graphs, Ran, graph_shapes, largest_shape
 from nanovllm.engine.history import History
 from nanovllm.engine.memory import CPU_CACHE_BYTES, left_for_cache, reserved_memory, zeros
@@ -65,20 +65,14 @@ class ModelRunner:
 
     def pack(self, seqs: list[Sequence]) -> Step:
         """Lay out a step on the host: what `launch` takes, here or in another process."""
-        return self.packer.pack(seqs).with_edits(edits_of(seqs))
+        return self.packer.pack(seqs)
 
     def forward(self, step: Step, inputs: Inputs) -> torch.Tensor:
         """The hidden states, [num_tokens, hidden_size]."""
-        context = Context(
-            inputs["slot_mapping"],
-            inputs["block_tables"],
-            inputs["context_lens"],
-            inputs["cu_seqlens"],
-            step.shape.num_decodes,
-            step.max_new,
-            order=inputs["order"],
-            counters=self.counters,
-        )
+        slots, tables = inputs["slot_mapping"], inputs["block_tables"]
+        lens, starts, order = inputs["context_lens"], inputs["cu_seqlens"], inputs["order"]
+        counts, counters = (step.shape.num_decodes, step.max_new), self.counters
+        context = Context(slots, tables, lens, starts, *counts, order=order, counters=counters)
         with set_context(context):
             return self.model(inputs["input_ids"], inputs["positions"])
 
@@ -151,9 +145,7 @@ class ModelRunner:
         """Bring a step to the device and let it run: replayed, or kernel by kernel."""
         with self.own_settings():
             self.receive(step)
-            ran = self.graphs.run(step)
-            logits_of = self.model.compute_logits, self.model.lm_head.group.gather
-            scores = score_tokens(step, ran, self.input_buffer, self.sampled, *logits_of)
+            scores = self.score(step, self.graphs.run(step))
             return self.read_sampled(step).with_scores(step.asked, scores)
 
     def receive(self, step: Step) -> None:
@@ -224,6 +216,11 @@ class ModelRunner:
         with device, fixed_order(self.sum_counters):
             yield
 
+    def score(self, step: Step, ran: Ran) -> torch.Tensor | None:
+        """The log-probabilities that are asked for, on their way to the host."""
+        logits_of = self.model.compute_logits, self.model.lm_head.group.gather
+        return score_tokens(step, ran, self.input_buffer, self.sampled, *logits_of)
+
     @torch.inference_mode()
     def compile_kernels(self, steps: Iterable[list[Sequence]]) -> None:
         """Go through all that these steps launch, while launching is compiling."""
@@ -233,7 +230,9 @@ class ModelRunner:
                 self.receive(step)
                 inputs = step.layout.tensors(self.input_buffer)
                 hidden = self.last_hidden(step, inputs, self.forward(step, inputs))
-                self.resample(step, Ran(hidden, self.sample(hidden, sampling_of(inputs))))
+                ran = Ran(hidden, self.sample(hidden, sampling_of(inputs)))
+                self.resample(step, ran)
+                self.score(step, ran)
 
     def allocate_inputs(self, config: Config) -> None:
         """What graphs find at the same address: inputs, sampled tokens, counters."""

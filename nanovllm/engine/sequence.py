@@ -47,6 +47,8 @@ class Sequence:
     num_hit_tokens: int = 0  # prompt tokens that were in the cache when it was first admitted
     first_token_time: float = 0.0  # in seconds, by time.perf_counter; once there is a token
     last_token_time: float = 0.0
+    choices: bytes = b""  # its line of CHOICES, once it has been made
+    asks: int = 0  # what it asks of the sampler, as bits; made with the line
     num_pending_tokens: int = 0  # placeholders at the end of token_ids: sampled, and not yet read
     logprobs: list[dict[int, float]] = field(default_factory=list)  # of the completion's tokens
     prompt_logprobs: list[dict[int, float] | None] = field(default_factory=lambda: [None])

@@ -58,8 +58,8 @@ class Listening(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
-        for socket in (socket for server in self.servers for socket in server.sockets):
-            host, port = socket.getsockname()[:2]
+        for door in (door for server in self.servers for door in server.sockets):
+            host, port = door.getsockname()[:2]
             print(f"nanovllm: serving at http://{host}:{port}", file=sys.stderr, flush=True)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
