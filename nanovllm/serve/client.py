@@ -199,5 +199,5 @@ class EngineClient:
 
     def close(self) -> None:
         """Let the engine end."""
-        self.is_closing = True
+        self.is_closing = self.is_alive  # else it has been lost, and whoever serves it says so
         self.asks.put(None)

@@ -67,6 +67,11 @@ class Listening(uvicorn.Server):
         self.force_exit = self.should_exit
         super().handle_exit(sig, frame)
 
+    async def shutdown(self, sockets: Any = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # then uvicorn leaves the application as it is
+            await self.lifespan.shutdown()
+
 
 @contextmanager
 def signals_end_it() -> Iterator[None]:

@@ -118,7 +118,7 @@ def raw(port: int, data: bytes, patience_s: float = 10, close: bool = False) -> 
 def request_bytes(path: str, body: Any, method: str = "POST", headers: str = "") -> bytes:
     """A request as it goes over the wire, of a caller that hangs up after the reply."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = f"{method} {path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(content)}\r\nConnection: close\r\n{headers}\r\n"
     return head.encode() + content
 

@@ -53,18 +53,18 @@ def send(server, path: str, body: str | bytes, kind: str = "application/json"):
 
 # Bytes that are no HTTP, or hardly.
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 BODY = json.dumps(GOOD).encode()
 MALFORMED = {
     "no line": b"\r\n\r\n\r\n",
     "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x80" * 200,
     "no version": b"GET /health\r\n\r\n",
-    "another version": b"GET /health HTTP/9.9\r\nHost: here\r\n\r\n",
-    "no path": b"GET  HTTP/1.1\r\nHost: here\r\n\r\n",
-    "bytes in the path": b"GET /\xff\xfe\x00 HTTP/1.1\r\nHost: here\r\n\r\n",
-    "a path out": b"GET /../../../../etc/passwd HTTP/1.1\r\nHost: here\r\n\r\n",
-    "a long path": b"GET /" + b"a" * 300_000 + b" HTTP/1.1\r\nHost: here\r\n\r\n",
-    "an unknown method": b"FROB /v1/models HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n",
+    "another version": b"GET /health HTTP/9.9\r\nHost: localhost\r\n\r\n",
+    "no path": b"GET  HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "bytes in the path": b"GET /\xff\xfe\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a path out": b"GET /../../../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a long path": b"GET /" + b"a" * 300_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "an unknown method": b"FROB /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
     "headers without end": HEAD + b"X-A: b\r\n" * 50,
     "a huge header": HEAD + b"X-A: " + b"b" * 1_000_000 + b"\r\n\r\n",
     "many headers": HEAD + b"X-A: b\r\n" * 50_000 + b"\r\n",
@@ -79,7 +79,7 @@ MALFORMED = {
     "a huge chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 40 + b"\r\nab",
     "a chunk without end": HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcdefgh\r\n",
     "an unknown coding": HEAD + b"Transfer-Encoding: gzip, br\r\n\r\n" + BODY,
-    "an upgrade": b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    "an upgrade": b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13\r\n\r\n",
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
 }
@@ -217,7 +217,7 @@ def check_served_or_refused(reply, body: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_no_value_of_any_field_is_a_failure_of_the_servers(server, path):
-    names = FIELDS[path].split() + (COMMON.split() if path.startswith("/v1") else ["model"])
+    names = FIELDS[path].split() + (COMMON.split() if path == PATHS[0] else ["model"])
     for name in names:
         for value in ODD:
             body = odd_body(path, {name: value})
@@ -234,16 +234,7 @@ def test_no_mixture_of_odd_values_is_a_failure_of_the_servers(server, path):
         check_served_or_refused(send(server, path, body), body)
 
 
-TEXTS = (
-    "\ud800",
-    "\udfff\ud800",
-    "a\x00b",
-    "\ufffe",
-    "\U0010ffff",
-    "\u202e",
-    "é" * 500,
-    "<|im_end|>",
-)
+TEXTS = "\ud800", "a\x00b", "\U0010ffff", "é" * 500, "<|im_end|>"
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)

@@ -188,7 +188,7 @@ def test_a_long_body_is_refused_however_it_is_sent(server):
     reply = server.post("/v1/completions", body)
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
     parts = (b"%x\r\n%b\r\n" % (65536, b" " * 65536) for _ in range(limit // 65536 + 2))
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     said = raw(server.port, head + b"".join(parts), patience_s=5)
     assert said.startswith(b"HTTP/1.1 413")
 
