@@ -65,7 +65,6 @@ LAWS_OF = {
     "from_stage_8/test_nothing_is_compiled.py": STEPS,
     "from_stage_8/test_replayed_steps.py": STEPS,
     "from_stage_9/test_pipelined_tokens.py": TURNS + r"|engine/(detokenizer|model_runner)\.py",
-    "from_stage_9/test_random_pipelines.py": TURNS,
     "from_stage_10/test_lost_ranks.py": TURNS,
     "from_stage_10/test_tensor_parallel.py": STEPS,
     "from_stage_11/test_batch_invariant.py": STEPS,
