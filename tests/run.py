@@ -45,6 +45,16 @@ NOTEBOOK_PARTS = 4  # into which the notebooks are dealt out
 # What is scheduled when, and what is kept meanwhile. That attention over the scheduled tokens is
 # right, however the runner calls it, is held by files that run at every stage.
 POLICY = r"engine/(block|block_manager|scheduler|pipeline)\.py"
+# What a step launches, and how: on one device or several, replayed or not.
+STEPS = (
+    r"(kernels|layers|models|parallel)/|utils/context\.py|engine/(asked|graphs|history|memory"
+    r"|model_runner|parallel_runner|pipeline|result|scheduler|scores|step_inputs|warmup)\.py"
+)
+# The order of steps, as callers see it: who is waited for, told, and let go.
+TURNS = (
+    r"engine/(block|block_manager|llm_engine|outputs|parallel_runner|pipeline|requests|result"
+    r"|scheduler|sequence|step_inputs|turns)\.py|parallel/"
+)
 # File of the suite -> the modules whose laws it holds. Each takes 7 to 90 seconds a stage.
 LAWS_OF = {
     "from_stage_4/test_prefix_tokens.py": POLICY,
@@ -52,22 +62,27 @@ LAWS_OF = {
     "from_stage_5/test_many_requests.py": POLICY,
     "from_stage_5/test_random_operations.py": POLICY,
     "from_stage_6/test_interpreted_engine.py": r"(kernels|layers|models)/",
+    "from_stage_8/test_nothing_is_compiled.py": STEPS,
+    "from_stage_8/test_replayed_steps.py": STEPS,
+    "from_stage_9/test_pipelined_tokens.py": TURNS + r"|engine/(detokenizer|model_runner)\.py",
+    "from_stage_9/test_random_pipelines.py": TURNS,
+    "from_stage_10/test_lost_ranks.py": TURNS,
+    "from_stage_10/test_tensor_parallel.py": STEPS,
+    "from_stage_11/test_batch_invariant.py": STEPS,
 }
 # What `make check` leaves to `make test`: files that take more than ten seconds.
 SLOW = (
     *("tests/conformance/" + name for name in LAWS_OF),
     "tests/conformance/from_stage_3/test_paged_tokens.py",
-    "tests/conformance/from_stage_9/test_pipelined_tokens.py",
-    "tests/conformance/from_stage_10/test_lost_ranks.py",
-    "tests/conformance/from_stage_10/test_tensor_parallel.py",
+    "tests/conformance/from_stage_8/test_usual_scripts.py",
+    "tests/conformance/from_stage_12/test_edited_logits.py",
     "tests/conformance/from_stage_12/test_http_fuzz.py",
     "tests/conformance/from_stage_12/test_openai_client.py",
     "tests/conformance/from_stage_12/test_schema_fuzz.py",
     "tests/conformance/from_stage_12/test_server_faults.py",
     "tests/conformance/from_stage_12/test_tools_and_thoughts.py",
-    "tests/conformance/from_stage_8/test_replayed_steps.py",
-    "tests/conformance/from_stage_8/test_usual_scripts.py",
     "tests/conformance/test_imports.py",
+    "tests/test_chat_page.py",
     "tests/test_cli.py",
     "tests/test_compile.py",
     "tests/test_kernels.py",
@@ -195,7 +210,7 @@ def left_out(stage: int) -> list[str]:
     found = []
     for name, modules in LAWS_OF.items():
         starts = int(re.match(r"(?:from_stage_(\d+)/)?", name)[1] or 1)
-        pattern = re.compile("nanovllm/" + modules)
+        pattern = re.compile(f"nanovllm/({modules})")
         if starts < stage < tangle.last() and not any(map(pattern.match, changed)):
             found.append(name)
     return found

@@ -18,7 +18,7 @@ def test_what_is_left_out_somewhere_is_there():
     assert [name for name in run.LAWS_OF if not (run.SUITE / name).is_file()] == []
     assert [name for name in run.SLOW if not (run.ROOT / name).is_file()] == []
     for modules in run.LAWS_OF.values():
-        assert any(re.match("nanovllm/" + modules, path) for path in tangle.stage()), modules
+        assert any(re.match(f"nanovllm/({modules})", path) for path in tangle.stage()), modules
 
 
 def test_a_costly_file_runs_first_last_and_where_a_module_of_its_laws_changes(
