@@ -64,7 +64,7 @@ MALFORMED = {
     "bytes in the path": b"GET /\xff\xfe\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "a path out": b"GET /../../../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "a long path": b"GET /" + b"a" * 300_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "an unknown method": b"FROB /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    "an unknown method": b"FROB /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "headers without end": HEAD + b"X-A: b\r\n" * 50,
     "a huge header": HEAD + b"X-A: " + b"b" * 1_000_000 + b"\r\n\r\n",
     "many headers": HEAD + b"X-A: b\r\n" * 50_000 + b"\r\n",
