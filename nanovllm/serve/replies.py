@@ -58,10 +58,10 @@ def completion_logprobs(
         text = token_text(tokenizer, own)
         top: dict[str, float] | None = None
         if logprob is not None:
-            logprob, top = max(logprob, -9999.0), {}
+            logprob = max(logprob, -9999.0)
             likely = sorted(((value or 0.0, i) for i, value in scores.items()), reverse=True)
-            for score, i in likely[:num_top]:  # of tokens that read the same, the likeliest
-                top.setdefault(token_text(tokenizer, i), max(score, -9999.0))
+            best = reversed(likely[:num_top])  # of tokens that read the same, the likeliest stays
+            top = {token_text(tokenizer, i): max(score, -9999.0) for score, i in best}
         for name, value in zip(names, (text, logprob, top, offset), strict=True):
             columns[name].append(value)
         offset += len(text)

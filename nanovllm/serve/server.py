@@ -153,10 +153,9 @@ def encode_said(tokenizer: Any, body: ChatRequest | TokenizeRequest) -> list[int
         raise ValueError(f"chat_template_kwargs can't hold {name}: it is no option of a template")
     if isinstance(body, ChatRequest) and body.tools and body.tool_choice != "none":
         options["tools"] = body.tools
-    messages = body.messages or []
     messages = [
         {**said, "content": said.get("content") or ""} if said.get("tool_calls") else said
-        for said in messages
+        for said in body.messages or []
     ]
     with as_value_error("messages"):
         return encode_chat(tokenizer, messages, options)

@@ -1,5 +1,6 @@
 """`nanovllm serve`: an engine's process, and a server before it."""
 
+import logging
 import os
 import signal
 import sys
@@ -65,12 +66,8 @@ class Listening(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         """A signal has come; after a second one, of whatever kind, nothing is waited for."""
         self.force_exit = self.should_exit
+        logging.getLogger("uvicorn.error").disabled = self.force_exit  # not each that is cut off
         super().handle_exit(sig, frame)
-
-    async def shutdown(self, sockets: Any = None) -> None:
-        await super().shutdown(sockets)
-        if self.force_exit:  # then uvicorn leaves the application as it is
-            await self.lifespan.shutdown()
 
 
 @contextmanager

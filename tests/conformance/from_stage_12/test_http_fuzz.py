@@ -64,7 +64,7 @@ MALFORMED = {
     "bytes in the path": b"GET /\xff\xfe\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "a path out": b"GET /../../../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "a long path": b"GET /" + b"a" * 300_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "an unknown method": b"FROB /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    "an unknown method": b"FROB /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "headers without end": HEAD + b"X-A: b\r\n" * 50,
     "a huge header": HEAD + b"X-A: " + b"b" * 1_000_000 + b"\r\n\r\n",
     "many headers": HEAD + b"X-A: b\r\n" * 50_000 + b"\r\n",
@@ -79,8 +79,8 @@ MALFORMED = {
     "a huge chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 40 + b"\r\nab",
     "a chunk without end": HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcdefgh\r\n",
     "an unknown coding": HEAD + b"Transfer-Encoding: gzip, br\r\n\r\n" + BODY,
-    "an upgrade": b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13\r\n\r\n",
+    "an upgrade": b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+    b"Connection: Upgrade\r\nSec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13\r\n\r\n",
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
 }
 
