@@ -73,10 +73,6 @@ class Busy(Exception):
     """More requests are open than the server was told to take."""
 
 
-AT_ONCE = 64  # streams that hear of every step
-REST_S = 1e-4  # for each stream above these
-
-
 class EngineClient:
     """Puts requests to an engine and hands out what comes back, in one event loop.
 
@@ -95,8 +91,7 @@ class EngineClient:
         self.keys = count()
         self.asks: SimpleQueue[Ask | None] = SimpleQueue()
         self.load = Load()
-        self.is_alive, self.is_closing, self.is_resting = True, False, False
-        self.unheard: set[asyncio.Event] = set()  # of readers who have not been woken
+        self.is_alive, self.is_closing = True, False
 
     def start(self) -> None:
         """Begin to send and to receive; in the event loop that the answers are read in."""
@@ -136,26 +131,8 @@ class EngineClient:
             if news.finish_reason is not None:
                 del self.answers[news.key]
             answer.unread.append(news)
-            self.unheard.add(answer.has_news)
+            answer.has_news.set()
         self.on_news(known)
-        if not self.is_resting:
-            self.wake()
-
-    def wake(self) -> None:
-        """Wake those who have news, and rest."""
-        for has_news in self.unheard:
-            has_news.set()
-        self.unheard.clear()
-        rest = (len(self.answers) - AT_ONCE) * REST_S
-        if rest > 0:
-            self.is_resting = True
-            self.loop.call_later(rest, self.end_rest)
-
-    def end_rest(self) -> None:
-        """Go on."""
-        self.is_resting = False
-        if self.unheard:
-            self.wake()
 
     def send(self) -> None:
         """A thread's life: bring what is asked for to the engine, which may be in a step.
