@@ -8,7 +8,7 @@ import numpy as np
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.errors import as_value_error
 
-MOST_GRAMMAR = 100_000  # characters of a schema or grammar
+MOST_GRAMMAR = 30_000  # characters of a schema or grammar; larger ones take long to read
 # JSON as Python writes it: a small model that may write any white space may write it for ever.
 FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 

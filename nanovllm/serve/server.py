@@ -86,7 +86,7 @@ class Server:
 
     def check_model(self, name: str | None) -> None:
         """LookupError where another model is meant."""
-        if name not in (None, self.model):
+        if name not in (None, self.model, self.client.about.model):
             raise LookupError(f"the model {name!r} is not served here: {self.model!r} is")
 
     def card(self) -> dict[str, Any]:
