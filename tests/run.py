@@ -39,7 +39,7 @@ import tangle  # noqa: E402
 SUITE = ROOT / "tests/conformance"
 BIN = Path(sys.executable).parent
 WORKERS = 2
-STEP_LIMIT_S = 1500  # a step that hangs is a failure, not a wait
+STEP_LIMIT_S = 2400  # a step that hangs is a failure, not a wait
 NOTEBOOK_PARTS = 4  # into which the notebooks are dealt out
 
 # What is scheduled when, and what is kept meanwhile. That attention over the scheduled tokens is

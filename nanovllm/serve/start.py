@@ -25,8 +25,9 @@ def serve(options: dict[str, Any], config: ServeConfig) -> None:
 
     options: of `LLM`. ValueError where they don't fit; RuntimeError where the engine is lost.
     """
-    if config.api_key is None and os.environ.get("NANOVLLM_API_KEY"):
-        config = replace(config, api_key=os.environ["NANOVLLM_API_KEY"])
+    key = os.environ.get("NANOVLLM_API_KEY")
+    if config.api_key is None and key:
+        config = replace(config, api_key=key)
     if config.api_key is None and config.host not in LOCAL_HOSTS:
         raise ValueError(
             f"host={config.host!r} lets others in: give an api_key that they must send"
