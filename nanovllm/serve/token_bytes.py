@@ -1,7 +1,7 @@
 """What single tokens stand for: bytes, which need not be characters."""
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte of its own, in a vocabulary with such
@@ -18,6 +18,7 @@ def byte_of() -> dict[str, int]:
     return {chr(byte if byte in shown else next(others)): byte for byte in range(256)}
 
 
+@lru_cache(maxsize=100_000)  # the likeliest tokens come again and again
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:
     """The bytes of one token, as it stands inside a text; of a special one, its name."""
     backend = tokenizer.backend_tokenizer

@@ -32,14 +32,6 @@ GREEDY = dict(temperature=0, max_tokens=20)
 
 
 @pytest.fixture(scope="module")
-def offline():
-    """An engine that nobody serves."""
-    llm = build(dtype="float32")
-    yield llm
-    llm.exit()
-
-
-@pytest.fixture(scope="module")
 def server():
     llm = build(dtype="float32", num_kvcache_blocks=300, kvcache_block_size=16)
     with served(llm, max_open=150) as server:

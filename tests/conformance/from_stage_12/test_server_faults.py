@@ -42,14 +42,6 @@ def prompt(number: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def offline():
-    """An engine that nobody serves."""
-    llm = build(dtype="float32")
-    yield llm
-    llm.exit()
-
-
-@pytest.fixture(scope="module")
 def server():
     llm = build(dtype="float32", num_kvcache_blocks=600, kvcache_block_size=16)
     with served(llm) as server:
