@@ -52,20 +52,20 @@ def score_rows_kernel(
     mass = tl.load(masses + row * num_parts + part, mask=there, other=0.0)
     best = tl.max(x, axis=0)
     best = tl.where(best > -float("inf"), best, 0.0)
-    log_sum = best + tl.log(tl.sum(mass * tl.exp(x - best), axis=0))
+    log_mass = tl.log(tl.sum(mass * tl.exp(x - best), axis=0))
     token = tl.load(wanted + 4 * row + 3)
     if token < 0:
         token = tl.maximum(tl.load(sampled + tl.load(wanted + 4 * row)), 0)
     own = tl.load(logits + row.to(tl.int64) * num_columns + token).to(tl.float32)
     out += row * (1 + 2 * count)
-    tl.store(out, own - log_sum)
+    tl.store(out, own - best - log_mass)  # in this order: a logit may be large, its lead is small
     codes += row * num_parts * count
     code = tl.load(codes + at, mask=at < num_parts * count, other=NOTHING)
     for i in range(count):
         top = tl.max(code, axis=0)
         order = (top >> 32).to(tl.int32)
         value = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        tl.store(out + 1 + i, value - log_sum)
+        tl.store(out + 1 + i, value - best - log_mass)
         tl.store(out + 1 + count + i, (0x7FFFFFFF - (top & 0x7FFFFFFF)).to(tl.float32))
         code = tl.where(code == top, NOTHING, code)
 
@@ -112,4 +112,5 @@ def logprobs_torch(
     codes = (order.long() << 32) | (0x7FFFFFFF - column)
     ids = 0x7FFFFFFF - (codes.topk(count, dim=1).values & 0x7FFFFFFF)
     told = x.gather(1, torch.cat([token_ids.unsqueeze(1), ids], dim=1))
-    return torch.cat([told - x.logsumexp(dim=1, keepdim=True), ids.float()], dim=1)
+    best = x.amax(dim=1, keepdim=True)
+    return torch.cat([told - best - (x - best).logsumexp(dim=1, keepdim=True), ids.float()], dim=1)
