@@ -34,10 +34,14 @@ class Detokenizer:
         """The text that has become ready since the last call."""
         return "".join(self.ready.popleft() for _ in range(len(self.ready)))
 
+    def has_text(self, token_id: int) -> bool:
+        """Is it a token that can stand in a text?"""
+        return token_id not in self.special and self.tokenizer.id_to_token(token_id) is not None
+
     def append(self, token_id: int) -> None:
         """Decode one more token."""
-        if token_id in self.special or self.tokenizer.id_to_token(token_id) is None:
-            return  # it has no text, now or later
+        if not self.has_text(token_id):
+            return
         self.window.append(token_id)
         is_open = self.decode(self.window).endswith(UNFINISHED)
         self.read(len(self.window) - (LONGEST if is_open else 0))
@@ -92,3 +96,17 @@ class Detokenizer:
             self.append(token_id)
         self.flush()
         return self.take_ready()
+
+    def extend(self, token_ids: list[int]) -> None:
+        """Decode more tokens, of which only the last can complete a stop string.
+
+        At once where each byte of them belongs to a character, else one by one.
+        """
+        found = [token_id for token_id in token_ids if self.has_text(token_id)]
+        read, text = self.decode(self.window[: self.num_read]), self.decode(self.window + found)
+        if len(found) < 2 or UNFINISHED in read + text:
+            for token_id in found:
+                self.append(token_id)
+        else:
+            self.window += found
+            self.read(len(self.window))

@@ -47,8 +47,7 @@ class Answer:
         """The text that more tokens bring."""
         if self.detokenizer is None:
             return ""
-        for token_id in token_ids:
-            self.detokenizer.append(token_id)
+        self.detokenizer.extend(token_ids)
         if is_last:
             self.detokenizer.flush()
         return self.detokenizer.take_ready()
