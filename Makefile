@@ -9,7 +9,7 @@ DEMO := $(VENV)/.stamp-demo
 FULL := $(VENV)/.stamp-full
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test soak gpu book figures ladder notebooks tangle format clean
+.PHONY: help demo check test real soak gpu book figures ladder notebooks tangle format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -22,6 +22,9 @@ check: $(FULL)  ## after a change: lint, tangle, types, the quick tests of the l
 
 test: $(FULL)  ## run everything: lint, tangle, tests, book build, every notebook
 	@$(BIN)/python tests/run.py
+
+real: $(FULL)  ## real weights (93 MB are fetched): compared with transformers, asked, and timed
+	@$(BIN)/python tests/real.py
 
 soak: $(FULL)  ## the long runs: 200,000 random operations, 2,000 requests in a small pool
 	@NANOVLLM_OPERATIONS=200000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \

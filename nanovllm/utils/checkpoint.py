@@ -179,7 +179,7 @@ def check_rope(scaling: dict) -> None:
     """ValueError for a number that is missing, or that is none."""
     needed = ROPE_NEEDS.get(str(scaling.get("rope_type", scaling.get("type"))), ())
     for name in ROPE_NUMBERS:
-        value = scaling.get(name)
+        value: Any = scaling.get(name)
         if value is None and name not in needed:
             continue
         if not matches(value, (float,)) or not 0 < value < math.inf:
