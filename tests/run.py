@@ -51,6 +51,8 @@ SLOW = (
     "tests/conformance/from_stage_9/test_pipelined_tokens.py",
     "tests/conformance/from_stage_10/test_lost_ranks.py",
     "tests/conformance/from_stage_10/test_tensor_parallel.py",
+    "tests/conformance/from_stage_12/test_families.py",
+    "tests/conformance/from_stage_12/test_vocabulary.py",
     "tests/conformance/from_stage_8/test_replayed_steps.py",
     "tests/conformance/from_stage_8/test_usual_scripts.py",
     "tests/conformance/test_imports.py",

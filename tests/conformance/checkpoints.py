@@ -67,6 +67,13 @@ def save_random(
     return folder
 
 
+def offered(families: dict[str, dict]) -> list[tuple[str, dict]]:
+    """Those of the families, with a shape for each, that the package under test runs."""
+    from nanovllm.models import MODELS
+
+    return [(name, shape) for name, shape in families.items() if f"{name}ForCausalLM" in MODELS]
+
+
 def random_prompts(lengths: tuple[int, ...], vocab_size: int, seed: int = 0) -> list[list[int]]:
     """Prompts of the given lengths, the same on every call."""
     random = Random(seed)
