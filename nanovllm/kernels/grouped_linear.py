@@ -151,6 +151,7 @@ def grouped_linear(
     (num_experts, num_rows, size), (num_tokens, top), pdl = weight.shape, shape, overlaps(x)
     num_rows = num_rows // 2 if silu else num_rows
     tile, pairs = tile_for(num_tokens, top, num_experts), num_tokens * top
+    tile = {**tile, "BLOCK_K": tile["BLOCK_K"] * 2 // x.element_size()}  # as many bytes
     # No more tiles than pairs, and of each expert at most one that is not full.
     num_tiles = pairs if starts is None else min(pairs, pairs // tile["BLOCK_M"] + num_experts)
     out = x.new_empty((pairs, num_rows))
