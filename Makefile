@@ -9,7 +9,7 @@ DEMO := $(VENV)/.stamp-demo
 FULL := $(VENV)/.stamp-full
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test real soak gpu book figures ladder notebooks tangle format clean
+.PHONY: help demo check test real clients soak gpu book figures ladder notebooks tangle format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,10 @@ test: $(FULL)  ## run everything: lint, tangle, tests, book build, every noteboo
 
 real: $(FULL)  ## real weights (93 MB are fetched): compared with transformers, asked, and timed
 	@$(BIN)/python tests/real.py
+
+clients: $(FULL)  ## try the server with LiteLLM, LangChain, lm-eval and GuideLLM (installs them)
+	@$(PIP) -e '.[clients]'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/clients
 
 soak: $(FULL)  ## the long runs: 200,000 random operations, 2,000 requests in a small pool
 	@NANOVLLM_OPERATIONS=200000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \

@@ -1,4 +1,4 @@
-"""The command line: `nanovllm generate | chat | bench`."""
+"""The command line: `nanovllm generate | chat | serve | bench`."""
 
 import argparse
 import os
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from nanovllm.config import Config
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.serve.settings import ServeConfig
 from nanovllm.utils.chat import Messages, check_chat_template
 from nanovllm.utils.errors import one_line
 from nanovllm.utils.options import types_of
@@ -71,6 +72,17 @@ def make_parser() -> argparse.ArgumentParser:
         # One seed serves both: the engine's, from which each request draws its own.
         add_options(command, SamplingParams, "seed", temperature=temperature, max_tokens=300)
 
+    serve = commands.add_parser("serve", help="answer OpenAI's API over HTTP", allow_abbrev=False)
+    help_text = next(spec for spec in fields(Config) if spec.name == "model").metadata["help"]
+    serve.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=help_text)
+    add_options(serve, ServeConfig)
+    add_options(serve, Config, "model")
+    add_bench(commands)
+    return parser
+
+
+def add_bench(commands: Any) -> None:
+    """The grammar of `nanovllm bench`."""
     bench = commands.add_parser(
         "bench", help="measure the engine on the standard workload", allow_abbrev=False
     )
@@ -81,7 +93,6 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=int, default=3, help="runs to take the median of")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     add_options(bench, Config, "max_model_len")
-    return parser
 
 
 def take(args: argparse.Namespace, cls: type) -> dict:
@@ -195,11 +206,22 @@ def run_stage(stage: int) -> int:
         return subprocess.run(command, env=environment, cwd=folder).returncode
 
 
+def serve(args: argparse.Namespace) -> None:
+    """Answer requests over HTTP until a signal ends it."""
+    try:
+        from nanovllm.serve.start import serve
+    except ImportError as error:
+        what = "serving needs more packages: pip install 'nanovllm[serve]'"
+        raise RuntimeError(f"{what} ({error})") from error
+    serve(take(args, Config), ServeConfig(**take(args, ServeConfig)))
+
+
 def main() -> int:
     """Run the command line; 0 well, 2 a caller's mistake, 1 a failure, 130 Ctrl-C."""
     args = make_parser().parse_args()
+    commands = {"generate": generate, "chat": chat, "serve": serve, "bench": bench}
     try:
-        {"generate": generate, "chat": chat, "bench": bench}[args.command](args)
+        commands[args.command](args)
         print(end="", flush=True)  # what does not fit on a disk shows here at the latest
         return 0
     except (ValueError, RuntimeError, MemoryError) as error:

@@ -52,6 +52,32 @@ class SamplingParams:
     prompt_logprobs: int | None = option(
         None, "the same for each token of the prompt", minimum=0, maximum=20, offered=False
     )
+    logit_bias: dict[int, float] | None = option(
+        None, "add this to the logits of these tokens, -100 to 100", offered=False
+    )
+    json_schema: dict | None = option(
+        None, "write JSON that follows this schema ({}: any JSON)", offered=False
+    )
+    grammar: str | None = option(
+        None, "write a text of this grammar (Lark, in llguidance's dialect)", offered=False
+    )
+
+    @property
+    def is_edited(self) -> bool:
+        """Are logits to be changed?"""
+        wishes = self.logit_bias, self.json_schema, self.grammar
+        return any(wish is not None for wish in wishes)
+
+    def bias_problem(self, vocab_size: int) -> str | None:
+        """What is wrong with logit_bias, if anything is."""
+        for token_id, bias in (self.logit_bias or {}).items():
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
+                return (
+                    f"logit_bias: token id {token_id!r} is outside the vocabulary of {vocab_size}"
+                )
+            if not isinstance(bias, int | float) or not -100 <= bias <= 100:  # NaN fails it too
+                return f"logit_bias must be numbers from -100 to 100, got {bias!r}"
+        return None
 
     @property
     def is_scored(self) -> bool:

@@ -22,9 +22,10 @@ from nanovllm.kernels.add_rms_norm import add_rms_norm
 from nanovllm.kernels.all_reduce import all_reduce
 from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.decode_attention import paged_decode_attention
-from nanovllm.kernels.fixed_attention import fixed_attention
+from nanovllm.kernels.fixed_attention import fixed_attention, fixed_decode
 from nanovllm.kernels.fixed_order import fixed_order
 from nanovllm.kernels.grouped_linear import run_experts
+from nanovllm.kernels.logprobs import logprobs_of
 from nanovllm.kernels.norm_rope_store import norm_rope_store
 from nanovllm.kernels.penalties import Penalties, penalise_
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
@@ -91,6 +92,7 @@ def attention(dtype: torch.dtype, head_dim: int, group: int, block_size: int) ->
         tables = torch.zeros(batch, 4, dtype=torch.int32)
         lens = torch.ones(batch, dtype=torch.int32)
         paged_decode_attention(q, *caches, tables, lens, 0.1, order=lens)
+        fixed_decode(q, caches.unbind(), tables, lens, lens, 0.1, torch.empty_like(q))
     starts = torch.arange(batch + 1, dtype=torch.int32)
     for max_new in (1, 512):
         paged_prefill_attention(q, *caches, tables, lens, starts, max_new, 0.1)
@@ -127,6 +129,9 @@ def layers(dtype: torch.dtype, hidden: int, heads: int, kv_heads: int, head_dim:
     for size, n in product((256, 1000), (3, 300)):
         with fixed_order(torch.zeros(9, dtype=torch.int32)):
             linear(torch.zeros(n, size, dtype=dtype), torch.zeros(70, size, dtype=dtype))
+    wanted, wide = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, 151_936, dtype=dtype)
+    logprobs_of(logits, wanted, ids, 5)
+    logprobs_of(wide, wanted, ids, 20)
     counts, tables = torch.zeros(64, 5000, dtype=torch.int32), torch.zeros(3, 4, dtype=torch.int32)
     costs = torch.ones(3), torch.ones(3), torch.ones(3)
     penalise_(logits, Penalties(history.view(11, 9), counts, tables, ids, ids, ids, *costs))

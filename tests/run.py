@@ -3,6 +3,10 @@
 The last line is `N passed, N failed` or `N passed, N failed, N skipped`. Each check (lint, tangle,
 types, book build), each test and each notebook counts as one.
 
+The parts of `make test` (the tests, the suite at each stage, the notebooks) run side by side, as
+many as there are WORKERS, each in one process: what the tests of a file share is made once, and
+nobody waits for the slowest test of a part. What a part prints is shown when it has ended.
+
 The conformance suite runs at every stage, that is on the package as of every chapter. The costly
 files of `LAWS_OF` run at their first stage, at the last, and at each stage whose chapter changes a
 module whose laws they hold. At the others the same code would answer the same questions again.
@@ -18,9 +22,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,11 +39,22 @@ import tangle  # noqa: E402
 SUITE = ROOT / "tests/conformance"
 BIN = Path(sys.executable).parent
 WORKERS = 2
-STEP_LIMIT_S = 900  # a step that hangs is a failure, not a wait
+STEP_LIMIT_S = 2400  # a step that hangs is a failure, not a wait
+NOTEBOOK_PARTS = 4  # into which the notebooks are dealt out
 
 # What is scheduled when, and what is kept meanwhile. That attention over the scheduled tokens is
 # right, however the runner calls it, is held by files that run at every stage.
 POLICY = r"engine/(block|block_manager|scheduler|pipeline)\.py"
+# What a step launches, and how: on one device or several, replayed or not.
+STEPS = (
+    r"(kernels|layers|models|parallel)/|utils/context\.py|engine/(asked|graphs|history|memory"
+    r"|model_runner|parallel_runner|pipeline|result|scheduler|scores|step_inputs|warmup)\.py"
+)
+# The order of steps, as callers see it: who is waited for, told, and let go.
+TURNS = (
+    r"engine/(block|block_manager|llm_engine|outputs|parallel_runner|pipeline|requests|result"
+    r"|scheduler|sequence|step_inputs|turns)\.py|parallel/"
+)
 # File of the suite -> the modules whose laws it holds. Each takes 7 to 90 seconds a stage.
 LAWS_OF = {
     "from_stage_4/test_prefix_tokens.py": POLICY,
@@ -43,19 +62,28 @@ LAWS_OF = {
     "from_stage_5/test_many_requests.py": POLICY,
     "from_stage_5/test_random_operations.py": POLICY,
     "from_stage_6/test_interpreted_engine.py": r"(kernels|layers|models)/",
+    "from_stage_8/test_nothing_is_compiled.py": STEPS,
+    "from_stage_8/test_replayed_steps.py": STEPS,
+    "from_stage_9/test_pipelined_tokens.py": TURNS + r"|engine/(detokenizer|model_runner)\.py",
+    "from_stage_10/test_lost_ranks.py": TURNS,
+    "from_stage_10/test_tensor_parallel.py": STEPS,
+    "from_stage_11/test_batch_invariant.py": STEPS,
 }
 # What `make check` leaves to `make test`: files that take more than ten seconds.
 SLOW = (
     *("tests/conformance/" + name for name in LAWS_OF),
     "tests/conformance/from_stage_3/test_paged_tokens.py",
-    "tests/conformance/from_stage_9/test_pipelined_tokens.py",
-    "tests/conformance/from_stage_10/test_lost_ranks.py",
-    "tests/conformance/from_stage_10/test_tensor_parallel.py",
-    "tests/conformance/from_stage_12/test_families.py",
-    "tests/conformance/from_stage_12/test_vocabulary.py",
-    "tests/conformance/from_stage_8/test_replayed_steps.py",
     "tests/conformance/from_stage_8/test_usual_scripts.py",
+    "tests/conformance/from_stage_12/test_edited_logits.py",
+    "tests/conformance/from_stage_12/test_http_fuzz.py",
+    "tests/conformance/from_stage_12/test_openai_client.py",
+    "tests/conformance/from_stage_12/test_schema_fuzz.py",
+    "tests/conformance/from_stage_12/test_server_faults.py",
+    "tests/conformance/from_stage_12/test_tools_and_thoughts.py",
+    "tests/conformance/from_stage_14/test_families.py",
+    "tests/conformance/from_stage_14/test_vocabulary.py",
     "tests/conformance/test_imports.py",
+    "tests/test_chat_page.py",
     "tests/test_cli.py",
     "tests/test_compile.py",
     "tests/test_kernels.py",
@@ -87,14 +115,18 @@ class Count:
         return text + (f", {self.skipped} skipped" if self.skipped else "")
 
 
+seconds_of: dict[str, float] = {}  # each step that has ended, and how long it took
+groups: set[int] = set()  # the process groups that run
+
+
 def run(
-    name: str, command: list[str], *, echo: bool = False, **environment: str
+    name: str, command: list[str], *, echo: bool = False, live: bool = False, **environment: str
 ) -> tuple[int, str]:
     """Run one command in the repository root; returns its exit status and its output.
 
-    The output is shown as it comes with `echo`, and otherwise only where the command fails.
+    The output is shown with `echo`, and otherwise only where the command fails: at the end, or
+    with `live` as it comes.
     """
-    print(f"== {name}", flush=True)
     threads = max(1, (os.cpu_count() or 1) // WORKERS)
     start, lines = time.perf_counter(), []
     with subprocess.Popen(
@@ -108,25 +140,41 @@ def run(
         errors="replace",
         start_new_session=True,  # so that one signal reaches kernels and workers too
     ) as process:
-        signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
-        signal.alarm(STEP_LIMIT_S)
+        groups.add(process.pid)
+        limit = threading.Timer(STEP_LIMIT_S, os.killpg, (process.pid, signal.SIGKILL))
+        limit.start()
         try:
             for line in process.stdout:
                 lines.append(line)
-                if echo:
+                if live:
                     print(line, end="", flush=True)
         except KeyboardInterrupt:
             os.killpg(process.pid, signal.SIGKILL)
             raise
         finally:
-            signal.alarm(0)
+            limit.cancel()
+            groups.discard(process.pid)
     output, seconds = "".join(lines), time.perf_counter() - start
-    if process.returncode and not echo:
-        print(output)
+    told = f"== {name}\n" + (output if (echo or process.returncode) and not live else "")
     if process.returncode == -signal.SIGKILL:
-        print(f"stopped after {STEP_LIMIT_S} s")
-    print(f"   {'FAILED' if process.returncode else 'ok'}, {seconds:.0f} s", flush=True)
+        told += f"stopped after {STEP_LIMIT_S} s\n"
+    print(f"{told}   {'FAILED' if process.returncode else 'ok'}, {seconds:.0f} s", flush=True)
+    seconds_of[name] = seconds
     return process.returncode, output
+
+
+def side_by_side(jobs: list[Callable[[], Count]]) -> list[Count]:
+    """What the jobs count. WORKERS of them run at a time; the first ones begin first."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            return [future.result() for future in futures if future.done()]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for group in [*groups]:
+                os.killpg(group, signal.SIGKILL)
+            raise
 
 
 def check(name: str, *command: str) -> Count:
@@ -135,14 +183,13 @@ def check(name: str, *command: str) -> Count:
     return Count(failed=1) if status else Count(passed=1)
 
 
-def pytest(name: str, *arguments: str, **environment: str) -> Count:
-    """A pytest run, counted from its JUnit report."""
+def pytest(name: str, *arguments: str, workers: int = 0, **environment: str) -> Count:
+    """A pytest run, counted from its JUnit report; with `workers` it has the machine for itself."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-n", str(WORKERS)]
-        status, output = run(
-            name, [*command, f"--junitxml={report}", *arguments], echo=True, **environment
-        )
+        command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers)]
+        command += [f"--junitxml={report}", *arguments]
+        status, output = run(name, command, echo=True, live=workers > 0, **environment)
         count = Count()
         if report.exists():
             for suite in ElementTree.parse(report).getroot().iter("testsuite"):
@@ -164,7 +211,7 @@ def left_out(stage: int) -> list[str]:
     found = []
     for name, modules in LAWS_OF.items():
         starts = int(re.match(r"(?:from_stage_(\d+)/)?", name)[1] or 1)
-        pattern = re.compile("nanovllm/" + modules)
+        pattern = re.compile(f"nanovllm/({modules})")
         if starts < stage < tangle.last() and not any(map(pattern.match, changed)):
             found.append(name)
     return found
@@ -186,46 +233,50 @@ def checks() -> Count:
 def quick() -> Count:
     """`make check`: the checks, and the quick tests of the package as it stands."""
     total = checks()
-    total += pytest("the quick tests", "tests", *(f"--ignore={name}" for name in SLOW))
+    ignored = (f"--ignore={name}" for name in SLOW)
+    total += pytest("the quick tests", "tests", *ignored, workers=WORKERS)
     print(f"\n== left to make test: every stage but the last, the book, and\n{chr(10).join(SLOW)}")
     return total
 
 
-def suite_at_every_stage() -> tuple[Count, list[str]]:
-    """The conformance suite's count over all stages, and what was left out at which stage."""
-    count, notes = Count(), []
-    for stage in range(1, tangle.last() + 1):
-        names = left_out(stage)
-        title = f"conformance, the package as of chapter {stage}"
-        if names:
-            notes.append(f"at stage {stage}: {', '.join(names)}")
-            title += f"; no module of theirs has changed: {', '.join(names)}"
-        ignored = (f"--ignore={SUITE / name}" for name in names)
-        count += pytest(title, str(SUITE), *ignored, NANOVLLM_STAGE=str(stage))
-    return count, notes
+def suite_at(stage: int) -> Count:
+    """The conformance suite at one stage, without what is left out there."""
+    ignored = (f"--ignore={SUITE / name}" for name in left_out(stage))
+    return pytest(f"stage {stage}", str(SUITE), *ignored, NANOVLLM_STAGE=str(stage))
 
 
 def everything() -> Count:
-    """`make test`, cheapest first."""
+    """`make test`: what is quick first, then the parts, those that take long first."""
     book = (str(BIN / "jupyter-book"), "build", ".", "--all", "-W", "--keep-going", "-q")
     checked = checks() + check("the book builds without a warning", *book)
-    tests = pytest("tests", "tests", f"--ignore={SUITE}")
-    suites, notes = suite_at_every_stage()
+    stages = range(tangle.last(), 0, -1)
     chapters = sorted((ROOT / "chapters").glob("*.ipynb"))
     pages = sorted((ROOT / "book").glob("*.ipynb"))
     paths = [str(path.relative_to(ROOT)) for path in chapters + pages]
-    where = f"chapters: {len(chapters)}, appendices: {len(pages)}"
-    notebooks = pytest(
-        f"notebooks, from a fresh kernel each ({where})",
-        *("--nbmake", "--nbmake-timeout=300", "--durations=0", *paths),
-    )
+    dealt = [paths[i::NOTEBOOK_PARTS] for i in range(NOTEBOOK_PARTS)]
+    execute = "--nbmake", "--nbmake-timeout=300", "--durations=0"
+    jobs = [partial(pytest, "tests", "tests", f"--ignore={SUITE}")]
+    jobs += [partial(suite_at, stages[0])]
+    jobs += [
+        partial(pytest, f"notebooks, part {i} of {NOTEBOOK_PARTS}", *execute, *part)
+        for i, part in enumerate(dealt, start=1)
+    ]
+    jobs += [partial(suite_at, stage) for stage in stages[1:]]
+    tests, last, *others = side_by_side(jobs)
+    notebooks = sum(others[:NOTEBOOK_PARTS], Count())
+    suites = sum(others[NOTEBOOK_PARTS:], last)
     print("\n== summary")
     print(f"checks     {checked}")
     print(f"tests      {tests}")
     print(f"stages     {suites} (one conformance suite, {tangle.last()} stages)")
-    for note in notes:
-        print(f"           not asked again {note}")
+    for stage in sorted(stages):
+        if names := left_out(stage):
+            print(f"           not asked again at stage {stage}: {', '.join(names)}")
+    where = f"chapters: {len(chapters)}, appendices: {len(pages)}"
     print(f"notebooks  {notebooks} ({where})")
+    print(f"seconds, {WORKERS} parts at a time:")
+    for name, seconds in seconds_of.items():
+        print(f"{seconds:7.0f}  {name}")
     return checked + tests + suites + notebooks
 
 

@@ -44,14 +44,16 @@ from nanovllm.kernels import (
     prefill_attention,
     prefill_hopper,
 )
+from nanovllm.kernels import fixed_attention as fixed_attention_module
 from nanovllm.kernels import small_linear as small_linear_module
 from nanovllm.kernels.add_rms_norm import add_rms_norm, add_rms_norm_torch
 from nanovllm.kernels.all_reduce import all_reduce
 from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.decode_attention import paged_decode_attention
-from nanovllm.kernels.fixed_attention import fixed_attention
+from nanovllm.kernels.fixed_attention import fixed_attention, fixed_decode
 from nanovllm.kernels.fixed_order import fixed_order
 from nanovllm.kernels.grouped_linear import run_experts, run_experts_torch
+from nanovllm.kernels.logprobs import logprobs_of, logprobs_torch
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.penalties import Penalties, penalise_, penalise_torch_
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
@@ -1013,15 +1015,57 @@ def test_penalties_are_those_of_the_definition(lengths, first, dtype):
     assert not on_device.counts.any()
 
 
+# Log-probabilities
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [0, 1, 5, 20])
+@pytest.mark.parametrize("num_columns", [1, 320, 4096, 12_799])
+def test_log_probabilities_are_those_of_float64_and_ties_go_to_the_first(num_columns, count, dtype):
+    x = torch.randn(6, num_columns) * 3
+    x[1], x[2] = x[1].round(), 0.0  # many are equal
+    x[2, ::3] = -0.0
+    x[3, num_columns // 2 + 1 :], x[4] = -torch.inf, x[4] * 100
+    logits, sampled = x.to(dtype), torch.randint(num_columns, (9,))
+    wanted = torch.randint(num_columns, (6, 4))
+    wanted[:, 0], wanted[::2, 3] = torch.randperm(9)[:6], -1
+    token_ids = torch.where(wanted[:, 3] < 0, sampled[wanted[:, 0]], wanted[:, 3])
+    scores, count = logits.double().log_softmax(dim=1), min(count, num_columns)
+    ids = logits.float().sort(dim=1, descending=True, stable=True).indices[:, :count]
+    told = scores.gather(1, torch.cat([token_ids.unsqueeze(1), ids], dim=1))
+    with kernels():
+        found = logprobs_of(guarded(logits), guarded(wanted), guarded(sampled), count)
+    for each in (found.cpu(), logprobs_torch(logits, wanted, sampled, count)):
+        assert torch.equal(each[:, 1 + count :], ids.float())
+        torch.testing.assert_close(each[:, : 1 + count].double(), told, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_without_a_token_is_told_nothing_and_harms_nobody():
+    """Its logits held a NaN, so that -1 was sampled."""
+    logits = torch.randn(3, 5000)
+    logits[1, 4999] = torch.nan
+    wanted = torch.tensor([[row, 7, 0, -1] for row in range(3)])
+    with kernels():
+        found = logprobs_of(
+            guarded(logits), guarded(wanted), guarded(torch.tensor([5, -1, 6])), 3
+        ).cpu()
+    expected = logprobs_torch(logits, wanted, torch.tensor([5, 0, 6]), 3)
+    assert found[1, :4].isnan().all()
+    torch.testing.assert_close(found[::2], expected[::2])
+
+
 # A fixed order
 
 
 @each_dtype
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (6, 2, 32), (8, 1, 16)])
 def test_fixed_attention_is_attention_and_the_same_for_any_portion(
-    heads, kv_heads, head_dim, dtype
+    heads, kv_heads, head_dim, dtype, monkeypatch
 ):
-    """Whole prompts, their last tokens, and a decode: right, and equal to the bit."""
+    """Whole prompts, their last tokens, and decodes, split and not: right, and equal to the bit.
+
+    As float32: rounded to half precision, most of what differs in its last bits would be equal.
+    """
     spans = [(70, 70), (1, 1), (20, 90)]
     batch = PagedBatch(spans, 16, heads, kv_heads, head_dim, dtype)
     caches, lens = (batch.k_cache, batch.v_cache), batch.on_device(batch.lens)
@@ -1036,15 +1080,30 @@ def test_fixed_attention_is_attention_and_the_same_for_any_portion(
         q = torch.cat(rows)
         inputs = q, *caches, batch.tables, lens, starts, min(count, 70), batch.scale
         with kernels():
-            found = fixed_attention(*inputs, torch.empty_like(q))
+            found = fixed_attention(*inputs, torch.empty_like(q, dtype=torch.float32))
         return list(found.split([len(row) for row in rows]))
 
+    def decode(splits: int, most_bytes: int) -> list[Tensor]:
+        """The last token of each text, by so many programs a context."""
+        monkeypatch.setattr(fixed_attention_module, "splits_for", lambda rows, device: splits)
+        monkeypatch.setattr(fixed_attention_module, "MOST_BYTES", most_bytes)
+        q = torch.cat([batch.q[stop - 1 : stop] for stop in batch.starts[1:]])
+        starts, counters = batch.on_device([0, 1, 2, 3]), batch.on_device([0] * 3 * kv_heads)
+        out = torch.empty_like(q, dtype=torch.float32)
+        with kernels():
+            found = fixed_decode(q, caches, batch.tables, lens, starts, batch.scale, out, counters)
+        assert not counters.any()
+        return list(found.split(1))
+
     whole = attend(70)
-    check(torch.cat(whole), batch.expected(), factor=2)
+    check(torch.cat(whole).to(dtype), batch.expected(), factor=2)
     for count in (1, 2, 17, 33):
         for part, full in zip(attend(count), whole, strict=True):
             if ON_GPU or dtype == torch.float32:  # else NumPy's products, which depend on a tile
                 assert torch.equal(part, full[-len(part) :])
+    for splits, most_bytes in ((1, 1 << 20), (2, 1 << 20), (3, 1 << 20), (66, 1 << 20), (2, 1)):
+        for part, full in zip(decode(splits, most_bytes), attend(1), strict=True):
+            assert torch.equal(part, full)
 
 
 # One request's NaN

@@ -102,9 +102,11 @@ def test_every_citation_has_an_entry() -> None:
 
 def test_constraints_pin_every_direct_dependency() -> None:
     project = text("pyproject.toml")
-    tables = re.findall(r"^(?:dependencies|book|test) = \[(.*?)^\]", project, re.M | re.DOTALL)
+    names = "dependencies|book|test|clients"
+    tables = re.findall(rf"^(?:{names}) = \[(.*?)^\]", project, re.M | re.DOTALL)
     wanted = {n.lower() for t in tables for n in re.findall(r'^ +"([\w-]+)', t, re.M)}
     pinned = {n.lower() for n in re.findall(r"^([\w-]+)==", text("constraints.txt"), re.M)}
+    wanted -= {"nanovllm"}  # a table may take in another
     assert wanted and wanted <= pinned
 
 

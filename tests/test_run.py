@@ -1,8 +1,12 @@
-"""Which files of the conformance suite `make test` runs at which stage."""
+"""How `make test` runs its parts, and which files of the suite at which stage."""
 
 from __future__ import annotations
 
 import re
+import sys
+import threading
+import time
+from functools import partial
 
 import pytest
 import run
@@ -14,7 +18,7 @@ def test_what_is_left_out_somewhere_is_there():
     assert [name for name in run.LAWS_OF if not (run.SUITE / name).is_file()] == []
     assert [name for name in run.SLOW if not (run.ROOT / name).is_file()] == []
     for modules in run.LAWS_OF.values():
-        assert any(re.match("nanovllm/" + modules, path) for path in tangle.stage()), modules
+        assert any(re.match(f"nanovllm/({modules})", path) for path in tangle.stage()), modules
 
 
 def test_a_costly_file_runs_first_last_and_where_a_module_of_its_laws_changes(
@@ -30,3 +34,37 @@ def test_a_costly_file_runs_first_last_and_where_a_module_of_its_laws_changes(
     monkeypatch.setattr(tangle, "last", lambda: 6)
     monkeypatch.setattr(run, "LAWS_OF", {"from_stage_2/test_x.py": run.POLICY})
     assert [k for k in range(2, 7) if not run.left_out(k)] == [2, 4, 6]
+
+
+def test_parts_run_side_by_side_and_are_counted_in_their_order():
+    both = threading.Barrier(run.WORKERS, timeout=30)  # passed by those alone that run together
+
+    def job(number: int) -> run.Count:
+        both.wait()
+        return run.Count(passed=number)
+
+    jobs = [partial(job, i) for i in range(2 * run.WORKERS)]
+    assert [count.passed for count in run.side_by_side(jobs)] == [*range(2 * run.WORKERS)]
+
+
+def test_a_part_that_hangs_is_stopped_and_fails(monkeypatch, capsys):
+    monkeypatch.setattr(run, "STEP_LIMIT_S", 1)
+    sleep = "-c", "import time; print('began', flush=True); time.sleep(60)"
+    assert run.check("a sleeper", sys.executable, *sleep) == run.Count(failed=1)
+    told = capsys.readouterr().out
+    assert "began" in told and "stopped after 1 s" in told and not run.groups
+
+
+def test_one_that_breaks_ends_the_others(monkeypatch):
+    """As Ctrl-C does."""
+
+    def broken() -> run.Count:
+        while not run.groups:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    sleeper = partial(run.check, "a sleeper", sys.executable, "-c", "import time; time.sleep(60)")
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        run.side_by_side([sleeper, broken])
+    assert time.perf_counter() - start < 30 and not run.groups

@@ -14,6 +14,7 @@ from matplotlib.patches import Arc, Circle, Rectangle
 import diagrams_blocks
 import diagrams_kernels
 import diagrams_parallel
+import diagrams_serving
 from drawing import (
     INK,
     KEPT,
@@ -256,7 +257,7 @@ DIAGRAMS = (decode_loop, gqa, naive_recompute, prefill_decode, cache_rows, rope)
 
 def main() -> None:
     """Write every diagram."""
-    others = diagrams_blocks, diagrams_kernels, diagrams_parallel
+    others = diagrams_blocks, diagrams_kernels, diagrams_parallel, diagrams_serving
     for draw in (*DIAGRAMS, *(draw for module in others for draw in module.DIAGRAMS)):
         save(draw)
 

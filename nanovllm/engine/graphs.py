@@ -83,11 +83,12 @@ class Graphs:
         else:
             recorded.step.replay()
             ran = Ran(recorded.hidden)
-        if step.asked.more:
-            if recorded is not None and recorded.again is not None:
-                recorded.again.replay()
-            else:
-                self.resample(step, ran)
+        again = None if recorded is None else recorded.again
+        if step.asked.edits is None and again is not None:
+            if step.asked.more:
+                again.replay()
+        elif step.asked.more or step.asked.edits is not None:
+            self.resample(step, ran)
         return ran
 
     def recorded_for(self, step: Step) -> Graph | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from nanovllm.config import Config, ModelConfig
+from nanovllm.engine.edits import edit_
 from nanovllm.engine.graphs import Graphs, Ran, graph_shapes, largest_shape
 from nanovllm.engine.history import History
 from nanovllm.engine.memory import CPU_CACHE_BYTES, left_for_cache, reserved_memory, zeros
@@ -42,8 +43,7 @@ class ModelRunner:
         self.max_num_seqs = min(config.max_num_seqs, self.max_num_tokens)
         self.reserved_at_start = reserved_memory(self.device)
         with self.device, DefaultDtype(config.torch_dtype):
-            model_class = MODELS[model_config.architecture]
-            self.model = model_class(model_config, num_positions=max_model_len)
+            self.model = MODELS[model_config.architecture](model_config, max_model_len)
         self.model.requires_grad_(False).eval()
         if config.load_format == "dummy":
             fill_with_noise(self.model)
@@ -51,8 +51,7 @@ class ModelRunner:
             load_model(self.model, folder)
         self.sampler = Sampler()
         self.allocate_inputs(config)
-        functions = self.blank_step, self.execute, self.resample
-        self.graphs = Graphs(*functions, self.sampler.is_alone)
+        self.graphs = Graphs(self.blank_step, self.execute, self.resample, self.sampler.is_alone)
         self.step_bytes = self.graph_bytes = 0
         if self.on_gpu:
             self.warmup_model(config)
@@ -70,16 +69,10 @@ class ModelRunner:
 
     def forward(self, step: Step, inputs: Inputs) -> torch.Tensor:
         """The hidden states, [num_tokens, hidden_size]."""
-        context = Context(
-            inputs["slot_mapping"],
-            inputs["block_tables"],
-            inputs["context_lens"],
-            inputs["cu_seqlens"],
-            step.shape.num_decodes,
-            step.max_new,
-            order=inputs["order"],
-            counters=self.counters,
-        )
+        slots, tables = inputs["slot_mapping"], inputs["block_tables"]
+        lens, starts, order = inputs["context_lens"], inputs["cu_seqlens"], inputs["order"]
+        counts, counters = (step.shape.num_decodes, step.max_new), self.counters
+        context = Context(slots, tables, lens, starts, *counts, order=order, counters=counters)
         with set_context(context):
             return self.model(inputs["input_ids"], inputs["positions"])
 
@@ -136,8 +129,7 @@ class ModelRunner:
             self.launch(self.pack(seqs)).token_ids()
         self.step_bytes = torch.cuda.max_memory_reserved(self.device) - before
         with self.own_settings():
-            shapes = self.graph_shapes(config)
-            self.graph_bytes = self.graphs.estimate_bytes(shapes, self.device)
+            self.graph_bytes = self.graphs.estimate_bytes(self.graph_shapes(config), self.device)
 
     def cache_budget(self, config: Config) -> int:
         """How many bytes the cache may take on each rank; ValueError where none are left."""
@@ -153,9 +145,7 @@ class ModelRunner:
         """Bring a step to the device and let it run: replayed, or kernel by kernel."""
         with self.own_settings():
             self.receive(step)
-            ran = self.graphs.run(step)
-            logits_of = self.model.compute_logits, self.model.lm_head.group.gather
-            scores = score_tokens(step, ran, self.input_buffer, self.sampled, *logits_of)
+            scores = self.score(step, self.graphs.run(step))
             return self.read_sampled(step).with_scores(step.asked, scores)
 
     def receive(self, step: Step) -> None:
@@ -190,9 +180,10 @@ class ModelRunner:
     def resample(self, step: Step, ran: Ran) -> None:
         """Another token, into `sampled`, for each of the rows that ask for more."""
         logits = self.model.compute_logits(ran.hidden) if ran.logits is None else ran.logits
-        inputs = step.layout.tensors(self.input_buffer)
+        inputs, first = step.layout.tensors(self.input_buffer), self.model.lm_head.first
         sampling = sampling_of(inputs)
-        penalise_(logits, self.history.penalties(inputs), self.model.lm_head.first)
+        edit_(logits, step.asked.edits, first)
+        penalise_(logits, self.history.penalties(inputs), first)
         self.choose(logits, sampling)
         self.sampler.resample(self.sampled[: len(logits)], logits, sampling)
 
@@ -225,6 +216,11 @@ class ModelRunner:
         with device, fixed_order(self.sum_counters):
             yield
 
+    def score(self, step: Step, ran: Ran) -> torch.Tensor | None:
+        """The log-probabilities that are asked for, on their way to the host."""
+        logits_of = self.model.compute_logits, self.model.lm_head.group.gather
+        return score_tokens(step, ran, self.input_buffer, self.sampled, *logits_of)
+
     @torch.inference_mode()
     def compile_kernels(self, steps: Iterable[list[Sequence]]) -> None:
         """Go through all that these steps launch, while launching is compiling."""
@@ -234,7 +230,9 @@ class ModelRunner:
                 self.receive(step)
                 inputs = step.layout.tensors(self.input_buffer)
                 hidden = self.last_hidden(step, inputs, self.forward(step, inputs))
-                self.resample(step, Ran(hidden, self.sample(hidden, sampling_of(inputs))))
+                ran = Ran(hidden, self.sample(hidden, sampling_of(inputs)))
+                self.resample(step, ran)
+                self.score(step, ran)
 
     def allocate_inputs(self, config: Config) -> None:
         """What graphs find at the same address: inputs, sampled tokens, counters."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.guide import Guide
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.tokenizer import Prompt, as_prompt_list, check_token_ids, encode
@@ -55,8 +56,10 @@ def make_sequence(
     params = SamplingParams() if params is None else params
     if not isinstance(params, SamplingParams):
         raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
-    token_ids = encode(tokenizer, prompt)
+    token_ids, guide = encode(tokenizer, prompt), None
     check_token_ids((*token_ids, *params.stop_token_ids), limits.vocab_size)
+    if problem := params.bias_problem(limits.vocab_size):
+        raise ValueError(problem)
     if not token_ids:
         raise ValueError("the prompt is empty: give at least one token")
     limits.check_length(len(token_ids), params.max_tokens)
@@ -64,7 +67,9 @@ def make_sequence(
         params = replace(params, max_tokens=limits.longest_sequence() - len(token_ids))
     if params.stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer, and the checkpoint has none")
-    seq = Sequence(next(seq_ids), token_ids, params, params.seed)
+    if params.json_schema is not None or params.grammar is not None:
+        guide = Guide(params, tokenizer, limits.vocab_size)
+    seq = Sequence(next(seq_ids), token_ids, params, params.seed, guide=guide)
     if params.stop:
         seq.detokenizer = Detokenizer(tokenizer, params.stop)
     return seq

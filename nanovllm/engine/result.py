@@ -9,7 +9,7 @@ from nanovllm.engine.asked import Asked
 from nanovllm.engine.graphs import Ran
 from nanovllm.engine.scores import Score
 from nanovllm.engine.step_inputs import Step
-from nanovllm.layers.logprobs import logprobs_of
+from nanovllm.kernels.logprobs import logprobs_of
 
 
 @dataclass(slots=True)
@@ -79,12 +79,13 @@ def score_tokens(
         return None
     wanted = torch.from_numpy(step.asked.scores)
     wanted = wanted.pin_memory() if sampled.is_cuda else wanted
-    row, _, back, token_ids = wanted.to(sampled.device, non_blocking=True).unbind(1)
-    at = row if ran.tokens is None else step.layout.tensors(input_buffer)["last"][row] - back
-    hidden = (ran.hidden if ran.tokens is None else ran.tokens)[at]
-    token_ids = torch.where(token_ids < 0, sampled[row], token_ids)
+    wanted = wanted.to(sampled.device, non_blocking=True)
+    hidden, at = ran.hidden, wanted[:, 0]
+    if ran.tokens is not None:
+        hidden, last = ran.tokens, step.layout.tensors(input_buffer)["last"]
+        at = last[at] - wanted[:, 2]
     parts = [
-        logprobs_of(gather(compute_logits(some)), ids, step.asked.num_top)
-        for some, ids in zip(hidden.split(SCORED), token_ids.split(SCORED), strict=True)
+        logprobs_of(gather(compute_logits(some)), which, sampled, step.asked.num_top)
+        for some, which in zip(hidden[at].split(SCORED), wanted.split(SCORED), strict=True)
     ]
-    return read_later(torch.cat(parts))
+    return read_later(parts[0] if len(parts) == 1 else torch.cat(parts))

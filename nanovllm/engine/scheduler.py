@@ -105,6 +105,8 @@ class Scheduler:
         """
         if not self.waiting or len(self.running) == self.max_num_seqs:
             return False
+        if self.waiting[0].num_missing_tokens == 0:
+            return False  # it was preempted, and waits for a token before it can go on
         reserve = self.num_blocks // 100 if self.running else 0
         return self.block_manager.can_allocate(self.waiting[0], reserve)
 

@@ -4,10 +4,14 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from nanovllm.engine.block import Prefix
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # it needs NumPy
+    from nanovllm.engine.guide import Guide
 
 
 class SequenceStatus(Enum):
@@ -43,6 +47,8 @@ class Sequence:
     num_hit_tokens: int = 0  # prompt tokens that were in the cache when it was first admitted
     first_token_time: float = 0.0  # in seconds, by time.perf_counter; once there is a token
     last_token_time: float = 0.0
+    choices: bytes = b""  # its line of CHOICES, once it has been made
+    asks: int = 0  # what it asks of the sampler, as bits; made with the line
     num_pending_tokens: int = 0  # placeholders at the end of token_ids: sampled, and not yet read
     logprobs: list[dict[int, float]] = field(default_factory=list)  # of the completion's tokens
     prompt_logprobs: list[dict[int, float] | None] = field(default_factory=lambda: [None])
@@ -59,13 +65,18 @@ class Sequence:
         if at == len(taken):
             taken.append({token_id: logprob, **dict(zip(likely[:count], logprobs[:count]))})
 
+    guide: "Guide | None" = None  # what its text must follow
+
     @property
     def num_missing_tokens(self) -> int:
         """Tokens that are to be run: those whose keys and values are not in the cache yet.
 
-        The last token of all is never run, since nothing follows it.
+        The last token of all is never run, since nothing follows it. And what follows a token that
+        the host has not read can't be guided: such a sequence sits out one step.
         """
         assert self.params.max_tokens is not None, "a request without a limit was admitted"
+        if self.guide is not None and self.num_pending_tokens > 0:
+            return 0
         longest = self.num_prompt_tokens + self.params.max_tokens - 1
         return min(len(self.token_ids), longest) - self.num_computed_tokens
 

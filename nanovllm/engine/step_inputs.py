@@ -1,15 +1,16 @@
 """A step's inputs, all in one buffer: one copy brings them to the device."""
 
 import pickle
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
-from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from nanovllm.engine.asked import Asked
+from nanovllm.engine.asked import CHOICES, LINE, Asked, line_of
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.sampler import SamplingTensors
 
@@ -39,16 +40,6 @@ class Shape(NamedTuple):
         return fewer and (self.num_decodes <= other.num_decodes or not other.num_decodes)
 
 
-CHOICES = {  # name: (type, what of the sequence it is, what the padding is)
-    "top_ks": (np.int64, "params.top_k", 0),
-    "top_ps": (np.float32, "params.top_p", 1),
-    "min_ps": (np.float32, "params.min_p", 0),
-    "repetitions": (np.float32, "params.repetition_penalty", 1),
-    "presences": (np.float32, "params.presence_penalty", 0),
-    "frequencies": (np.float32, "params.frequency_penalty", 0),
-    "prompt_lens": (np.int64, "num_prompt_tokens", 0),
-}
-
 DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
 ALIGNMENT = 16  # bytes; a kernel is compiled anew for a pointer that is aligned otherwise
 Inputs = dict[str, torch.Tensor]
@@ -63,11 +54,9 @@ class InputLayout:
             "input_ids": (np.int64, tokens, 0),
             "positions": (np.int64, tokens, 0),
             "slot_mapping": (np.int64, tokens, -1),  # -1: nothing is stored
-            "seeds": (np.int64, seqs, 0),
             "lengths": (np.int64, seqs, 0),  # all its tokens: the position of the one to be sampled
             "last": (np.int64, seqs, 0),  # which of the step's tokens is the sequence's last
             "table_rows": (np.int64, seqs, 0),  # which of the rows of block_tables is its own
-            "temperatures": (np.float32, seqs, 0),
             "context_lens": (np.int32, seqs, 0),
             "cu_seqlens": (np.int32, (shape.num_seqs + 1,), 0),
             "order": (np.int32, seqs, 0),  # the decodes, the longest first
@@ -119,7 +108,8 @@ def scheduled_tokens(seqs: list[Sequence]) -> list[int]:
         start, count = seq.num_computed_tokens, seq.num_scheduled_tokens
         tokens = seq.token_ids[start : start + count]
         input_ids += tokens
-        input_ids += [0] * (count - len(tokens))  # those behind keep their places
+        if len(tokens) < count:
+            input_ids += [0] * (count - len(tokens))  # those behind keep their places
     return input_ids
 
 
@@ -163,6 +153,10 @@ def prepare_prefill(
     put: dict[str, np.ndarray], seqs: list[Sequence], first: int, block_size: int
 ) -> None:
     """The rows from `first` on, behind as many decodes: sequences that bring several tokens."""
+    starts = put["cu_seqlens"]
+    starts[:first], starts[first:] = np.arange(first), first
+    if not seqs:
+        return
     start = np.array([seq.num_computed_tokens for seq in seqs], dtype=np.int64)
     count = np.array([seq.num_scheduled_tokens for seq in seqs], dtype=np.int64)
     stop = count.cumsum()
@@ -174,22 +168,16 @@ def prepare_prefill(
     tables = fill_tables(put["block_tables"][rows], seqs)
     put["slot_mapping"][tokens] = slot_mapping(seqs, tables, row, position, block_size)
     put["context_lens"][rows] = start + count
-    starts = put["cu_seqlens"]
-    starts[: first + 1], starts[first + 1 :] = np.arange(first + 1), first + len(row)
+    starts[first + 1 :] = first + len(row)
     starts[first + 1 : first + 1 + len(seqs)] = first + stop
-
-
-HOTTEST = np.finfo(np.float32).max  # a higher temperature would be infinite on the device
 
 
 def prepare_sample(put: dict[str, np.ndarray], seqs: list[Sequence]) -> None:
     """How each sequence's token is to be chosen."""
-    n, params = len(seqs), [seq.params for seq in seqs]
-    put["seeds"][:n] = [seq.seed for seq in seqs]
-    put["lengths"][:n] = [len(seq) for seq in seqs]
-    put["temperatures"][:n] = np.minimum([p.temperature for p in params], HOTTEST)
-    for name, (kind, attribute, _) in CHOICES.items():
-        put[name][:n] = np.fromiter(map(attrgetter(attribute), seqs), kind, n)
+    n, lines = len(seqs), np.frombuffer(b"".join([line_of(seq) for seq in seqs]), LINE)
+    put["lengths"][:n] = [len(seq.token_ids) for seq in seqs]
+    for name in CHOICES:
+        put[name][:n] = lines[name]
 
 
 def sampling_of(inputs: Inputs, all_greedy: bool = False) -> SamplingTensors:
@@ -199,6 +187,21 @@ def sampling_of(inputs: Inputs, all_greedy: bool = False) -> SamplingTensors:
     return SamplingTensors(*draw, all_greedy, filters)
 
 
+class Draft:
+    """Where steps of one shape are laid out, one after another, each to be copied."""
+
+    def __init__(self, layout: InputLayout):
+        self.layout = layout
+        self.buffer = np.zeros(layout.num_bytes, np.uint8)
+        self.put = layout.arrays(self.buffer)
+
+    def clear(self) -> dict[str, np.ndarray]:
+        """The step's inputs, all padding."""
+        for name, (_, _, padding) in self.layout.fields.items():
+            self.put[name].fill(padding)
+        return self.put
+
+
 class Packer:
     """Lays out steps, each in a buffer of its own on the host."""
 
@@ -206,20 +209,19 @@ class Packer:
         self.block_size, self.max_blocks = block_size, max_blocks
         self.pin_memory = pin_memory
         self.shapes: list[Shape] = []  # those that are recorded, small ones first
+        self.draft_of = lru_cache(8)(lambda shape: Draft(InputLayout(shape, max_blocks)))
 
     def shape_for(self, seqs: list[Sequence]) -> Shape:
         """The smallest recorded shape that holds the step of these sequences, else its own."""
         own = Shape.of(seqs)
-        return next((shape for shape in self.shapes if own.fits(shape)), own)
+        larger = self.shapes[bisect_left(self.shapes, own[:1]) :]  # with as many tokens or more
+        return next((shape for shape in larger if own.fits(shape)), own)
 
     def pack(self, seqs: list[Sequence], shape: Shape | None = None) -> Step:
         """The step of these sequences, padded to `shape`; without any, all of it is padding."""
         shape = self.shape_for(seqs) if shape is None else shape
-        layout = InputLayout(shape, self.max_blocks)
-        host = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=self.pin_memory)
-        put = layout.arrays(host.numpy())
-        for name, (_, _, padding) in layout.fields.items():
-            put[name].fill(padding)
+        draft = self.draft_of(shape)
+        put = draft.clear()
         n, first = len(seqs), shape.num_decodes
         counts = [seq.num_scheduled_tokens for seq in seqs]
         num_decodes = counts.count(1) if first else 0  # without any they count as prompts
@@ -232,7 +234,9 @@ class Packer:
         put["table_rows"][:n] = np.r_[:num_decodes, first : first + n - num_decodes]
         put["order"][:first] = np.argsort(-put["context_lens"][:first])
         longest = max(counts, default=shape.prompts[0])
-        return Step(shape, n, longest, Asked.of(put, seqs), layout, host)
+        host = torch.empty(len(draft.buffer), dtype=torch.uint8, pin_memory=self.pin_memory)
+        host.numpy()[:] = draft.buffer
+        return Step(shape, n, longest, Asked.of(seqs), draft.layout, host)
 
     def unpack(self, message: bytes) -> Step:
         """The step of a message; ready to be launched."""

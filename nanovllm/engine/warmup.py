@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
-FILTERED = SamplingParams(top_k=1, top_p=0.5)  # which takes the most memory
+FILTERED = SamplingParams(top_k=1, top_p=0.5, logprobs=1)  # which takes the most memory
 
 
 def warmup_steps(

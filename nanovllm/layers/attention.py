@@ -8,7 +8,7 @@ from torch import nn
 
 from nanovllm.config import Config
 from nanovllm.kernels.decode_attention import paged_decode_attention
-from nanovllm.kernels.fixed_attention import fixed_attention
+from nanovllm.kernels.fixed_attention import fixed_attention, fixed_decode
 from nanovllm.kernels.fixed_order import order_is_fixed
 from nanovllm.kernels.jit import is_interpreted
 from nanovllm.kernels.norm_rope_store import norm_rope_store
@@ -166,7 +166,8 @@ def triton_attention(
     out, n, tables = torch.empty_like(q), context.num_decodes, context.block_tables
     lens, starts, fixed = context.context_lens, context.cu_seqlens, order_is_fixed()
     if n > 0 and fixed:
-        fixed_attention(q, k_cache, v_cache, tables[:n], lens, starts, 1, scale, out)
+        caches, zeros = (k_cache, v_cache), context.counters
+        fixed_decode(q, caches, tables[:n], lens, starts, scale, out, zeros)
     elif n > 0:
         paged_decode_attention(
             q, k_cache, v_cache, tables[:n], lens, scale, out,

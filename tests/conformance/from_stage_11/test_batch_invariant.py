@@ -84,7 +84,8 @@ def test_a_row_has_the_same_bits_whatever_comes_with_it(monkeypatch, dtype, shap
     counters = torch.zeros(module.MOST_TILES, dtype=torch.int32, device=device)
     with nullcontext() if ON_GPU else interpreted(), fixed_order(counters):
         whole = module.fixed_linear(x, weight, bias)
-        for count in (1, 2, 3, 5, 8, 9, 16, 17, 39, 64, 65, 200, 256, 257, 500):
+        few = (1, 2, 3, 5, 8, 9, 16, 17, 39) if num_rows < 1000 or ON_GPU else (1, 8, 9, 17)
+        for count in (*few, 64, 65, 200, 256, 257, 500):
             if count < most:
                 first = most - count
                 assert torch.equal(module.fixed_linear(x[first:], weight, bias), whole[first:])

@@ -9,7 +9,6 @@ from device import build
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.layers.logprobs import likeliest
 
 PROMPTS = random_prompts((3, 40, 1, 17, 40, 9), 320, seed=90)
 PROMPTS[4] = PROMPTS[1][:32] + PROMPTS[3][:8]
@@ -84,19 +83,6 @@ def test_they_are_those_of_transformers(folder, model, way, is_pipelined):
     if way == "preempted":
         assert llm.scheduler.num_preemptions > 0
     llm.exit()
-
-
-@pytest.mark.parametrize("count", [0, 1, 5, 20])
-@pytest.mark.parametrize("columns", [7, 300, 5000, 12_800])
-def test_the_likeliest_are_found_in_parts_as_in_one(columns, count):
-    x = torch.randn(9, columns, generator=torch.Generator().manual_seed(columns))
-    x[3], x[4] = x[4].round(), 1.0  # many are equal
-    x[5, columns // 2 :] = -torch.inf
-    count = min(count, columns)
-    top, at = likeliest(x, count)
-    assert torch.equal(top, x.topk(count, dim=1).values)
-    assert torch.equal(x.gather(1, at), top)
-    assert all(len(set(row)) == len(row) for row in at.tolist())
 
 
 def test_asking_changes_no_token(folder):

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 from checkpoints import offered, random_prompts, save_random
 from compile_keys import compiling
-from device import ON_GPU
+from device import ON_GPU, offered
 from replaying import record
 
 from nanovllm import LLM, SamplingParams
@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 VOCAB = 320
+FIXED = [fixed] if (fixed := offered(batch_invariant=True)) else []  # where there is the option
 
 
 SHAPE = dict(num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4, head_dim=16)
@@ -79,6 +80,10 @@ def mixture(random: Random, number: int, longest: int) -> tuple[list, list]:
         ("float16", dict(max_num_seqs=5, max_num_batched_tokens=64, max_model_len=24)),
         ("float16", dict(max_num_seqs=1, max_num_batched_tokens=160)),
         ("float16", dict(max_num_seqs=9, max_num_batched_tokens=1)),
+        *[
+            ("float16", dict(max_num_seqs=24, max_num_batched_tokens=160) | fixed)
+            for fixed in FIXED
+        ],
     ],
     ids=str,
 )

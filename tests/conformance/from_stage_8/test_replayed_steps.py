@@ -5,6 +5,7 @@ The kernels run in Triton's interpreter, which is slow: a small model, few reque
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import islice, product
 
@@ -19,7 +20,8 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine import graphs
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.result import Result
-from nanovllm.engine.step_inputs import Shape, Step
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_inputs import Packer, Shape, Step
 from nanovllm.kernels.jit import interpreted
 
 pytestmark = [
@@ -146,6 +148,43 @@ def test_what_is_padded_does_what_it_did():
         as_prompts = step.num_seqs <= places[0] and step.num_tokens <= places[1]
         allowed = side_by_side or (as_prompts and other.num_decodes == 0)
         assert step.fits(other) == allowed, (step, other)
+
+
+def seqs_of(shape: Shape, **params) -> list:
+    """As many sequences as a step of this shape has, its decodes first."""
+    counts = [1] * shape.num_decodes + [2] * (shape.num_seqs - shape.num_decodes)
+    if counts and counts[-1] > 1:
+        counts[-1] += shape.num_tokens - sum(counts)
+    seqs = [Sequence(i, [*range(9)], SamplingParams(**params), seed=i) for i in range(len(counts))]
+    for i, (seq, count) in enumerate(zip(seqs, counts, strict=True)):
+        seq.block_table, seq.num_scheduled_tokens = [i], count
+    return seqs
+
+
+def test_a_step_takes_the_smallest_recorded_shape_that_holds_it():
+    packer = Packer(SIZE, 2, pin_memory=False)
+    packer.shapes = sorted(shapes(5))
+    for own in filter(any, shapes(6)):
+        holds = [shape for shape in packer.shapes if own.fits(shape)]
+        assert packer.shape_for(seqs_of(own)) == min(holds, default=own)
+
+
+@pytest.mark.parametrize("shape", [(5, 5, 5), (10, 7, 4), (6, 3, 0)], ids=str)
+def test_nothing_of_an_earlier_step_is_packed_into_a_later_one(shape):
+    """They are laid out in the same place."""
+    used, small = Packer(SIZE, 2, pin_memory=False), Shape(1, 1, 1) if shape[2] else Shape(2, 1, 0)
+    used.pack(seqs_of(Shape(*shape), temperature=3, top_k=4, min_p=0.5), Shape(*shape))
+    for seqs in (seqs_of(small, top_p=0.25), []):
+        fresh = Packer(SIZE, 2, pin_memory=False).pack(seqs, Shape(*shape))
+        found = used.pack(seqs, Shape(*shape))
+        for name, tensor in found.layout.tensors(found.host).items():
+            assert torch.equal(tensor, fresh.layout.tensors(fresh.host)[name]), name
+
+
+def test_a_hot_temperature_stays_finite_on_its_way():
+    step = Packer(SIZE, 2, pin_memory=False).pack(seqs_of(Shape(1, 1, 1), temperature=1e300))
+    inputs = step.layout.tensors(step.host)
+    assert 1e38 < float(inputs["temperatures"]) < math.inf and inputs["top_ps"].tolist() == [1]
 
 
 def test_prompts_beside_decodes_are_replayed(folder, monkeypatch):

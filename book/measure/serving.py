@@ -1,0 +1,217 @@
+"""A server beside the engine that it serves: `python book/measure/serving.py`.
+
+One engine generates offline, then a server before the same model answers the same requests, each
+streamed over a connection of its own. Clients are processes of their own, so that reading takes
+nothing from the server. With --rates, requests arrive at random times instead, at each of some
+rates. Prints one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, product
+from pathlib import Path
+
+from nanovllm.workloads import SHAPES
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+LETTERS = ["".join(x) for n in (1, 2, 3, 4) for x in product(ALPHABET, repeat=n)]
+
+
+@dataclass
+class Seen:
+    """What one client saw of one request; seconds since the start of the run."""
+
+    due: float
+    pieces: list[float]  # when each came
+
+    def gaps(self, start: float, stop: float) -> list[float]:
+        """How long it waited between two pieces, within a span of time."""
+        return [b - a for a, b in zip(self.pieces, self.pieces[1:]) if start <= a and b <= stop]
+
+
+def write_model(folder: Path, shape: str) -> None:
+    """A checkpoint's folder without weights: the shape, and a vocabulary of made-up words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    config = SHAPES[shape]
+    (folder / "config.json").write_text(json.dumps(config))
+    vocabulary = {word: i for i, word in enumerate(LETTERS[: config["vocab_size"]])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "fix_mistral_regex": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+
+
+@contextmanager
+def server(options: list[str]) -> Iterator[int]:
+    """A server that is ready; its port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "nanovllm", "serve", *options, "--port", str(port)]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        while True:
+            if process.poll() is not None:
+                raise RuntimeError(f"the server has ended: {process.returncode}")
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+async def stream(port: int, body: dict, due: float, start: float) -> Seen:
+    """One request, sent when it is due; when each of its pieces came."""
+    await asyncio.sleep(max(0.0, start + due - time.monotonic()))
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    text = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
+    pieces, end = [], b""
+    while b"[DONE]" not in end:
+        data = await reader.read(65536)
+        if not data:
+            raise RuntimeError(f"the stream broke off: {end!r}")
+        if b'"text"' in data:
+            pieces.append(time.monotonic() - start)
+        end = (end + data)[-200:]
+    writer.close()
+    return Seen(due, pieces)
+
+
+def client(port: int, start: float, requests: list[tuple[float, dict]]) -> list[Seen]:
+    """A process's life: some of the requests."""
+
+    async def all_of_them() -> list[Seen]:
+        return await asyncio.gather(*(stream(port, body, due, start) for due, body in requests))
+
+    return asyncio.run(all_of_them())
+
+
+def served(port: int, requests: list[tuple[float, dict]], num_clients: int) -> list[Seen]:
+    """All requests, by several clients at once."""
+    start = time.monotonic() + 2.0  # when all clients are there
+    parts = [requests[i::num_clients] for i in range(num_clients)]
+    with multiprocessing.get_context("spawn").Pool(num_clients) as pool:
+        found = pool.starmap(client, [(port, start, part) for part in parts if part])
+    return [seen for part in found for seen in part]
+
+
+def figures(seen: list[Seen], output: int, all_run: bool) -> dict[str, float]:
+    """What the clients saw: output tokens a second, and milliseconds of waiting.
+
+    With all_run, the time between pieces counts while all streams have begun and none has ended.
+    """
+    first = [x.pieces[0] - x.due for x in seen]
+    start, stop = max(x.pieces[0] for x in seen), min(x.pieces[-1] for x in seen)
+    span = (start, stop) if all_run else (0.0, float("inf"))
+    gaps = [gap for x in seen for gap in x.gaps(*span)]
+    took = max(x.pieces[-1] for x in seen) - min(x.due for x in seen)
+    return {
+        "tokens_per_s": len(seen) * output / took,
+        **percentiles("first", first),
+        **percentiles("between", gaps),
+        "pieces_per_token": sum(len(x.pieces) for x in seen) / (len(seen) * output),
+    }
+
+
+def percentiles(name: str, waits: list[float]) -> dict[str, float]:
+    """The median and the 99th percentile, in milliseconds."""
+    waits = waits if len(waits) > 1 else [float("nan")] * 2  # none in that span
+    hundredths = statistics.quantiles(waits, n=100)
+    return {f"{name}_p50_ms": 1000 * hundredths[49], f"{name}_p99_ms": 1000 * hundredths[98]}
+
+
+def offline(options: dict, prompts: list[list[int]], output: int) -> dict[str, float]:
+    """The same requests without a server: tokens a second, and milliseconds of a step."""
+    from nanovllm import LLM, SamplingParams
+
+    llm, ends = LLM(**options), []
+    params = SamplingParams(temperature=0.6, max_tokens=output, ignore_eos=True)
+    for _ in range(2):  # the first is for what happens once
+        llm.reset_prefix_cache()
+        start = time.monotonic()
+        for prompt in prompts:
+            llm.add_request(prompt, params)
+        ends = []
+        while not llm.is_finished():
+            llm.step()
+            ends.append(time.monotonic() - start)
+    llm.exit()
+    gaps = [b - a for a, b in zip(ends[10:], ends[11:])]  # behind the prompts
+    return {"tokens_per_s": len(prompts) * output / ends[-1], **percentiles("between", gaps)}
+
+
+def measure(args: argparse.Namespace, model: str, vocabulary: int, load_format: str) -> None:
+    """Offline and served, for each number of streams; then each rate."""
+    dice, longest = random.Random(0), args.input + args.output
+
+    def prompts(count: int) -> list[list[int]]:
+        return [[dice.randrange(3, vocabulary) for _ in range(args.input)] for _ in range(count)]
+
+    def bodies(count: int) -> list[dict]:
+        rest = {"max_tokens": args.output, "temperature": 0.6, "ignore_eos": True, "stream": True}
+        return [{"prompt": prompt, **rest} for prompt in prompts(count)]
+
+    alone = {}
+    for streams in args.streams:
+        options = {"model": model, "load_format": load_format, "max_model_len": longest}
+        alone[streams] = offline(options, prompts(streams), args.output)
+    command = [model, "--load-format", load_format, "--max-model-len", str(longest)]
+    with server(command) as port:
+        served(port, [(0.0, body) for body in bodies(8)], 1)  # for what happens once
+        for streams in args.streams:
+            seen = served(port, [(0.0, body) for body in bodies(streams)], args.clients)
+            got, own = figures(seen, args.output, True), alone[streams]
+            share = got["tokens_per_s"] / own["tokens_per_s"]
+            print(json.dumps({"streams": streams, "share": share, "offline": own, "served": got}))
+        for rate in args.rates:
+            times = accumulate(dice.expovariate(rate) for _ in range(int(rate * args.seconds)))
+            requests = list(zip(times, bodies(int(rate * args.seconds))))
+            seen = served(port, requests, args.clients)
+            print(json.dumps({"rate": rate, **figures(seen, args.output, False)}), flush=True)
+
+
+def main() -> None:
+    """Read the options, and measure."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, help="default: the bundled model")
+    parser.add_argument("--streams", type=int, nargs="*", default=[64, 256])
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="requests a second")
+    parser.add_argument("--seconds", type=float, default=10, help="how long requests arrive")
+    parser.add_argument("--input", type=int, default=256, help="tokens of each prompt")
+    parser.add_argument("--output", type=int, default=256, help="tokens of each answer")
+    parser.add_argument("--clients", type=int, default=8, help="processes")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape is None:
+            tiny = Path(__file__).parents[2] / "nanovllm/tiny"
+            return measure(args, str(tiny), 1536, "auto")
+        write_model(Path(folder), args.shape)
+        measure(args, folder, len(LETTERS[: SHAPES[args.shape]["vocab_size"]]), "dummy")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""An engine in a process of its own, or in a thread of this one."""
+
+import json
+import multiprocessing
+import signal
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from nanovllm.engine.requests import Limits
+from nanovllm.llm import LLM
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.serve.engine_loop import EngineLoop
+from nanovllm.utils.checkpoint import find_checkpoint
+from nanovllm.utils.errors import one_line
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What one has to know of an engine to put requests to it."""
+
+    model: str  # how it was asked for
+    tokenizer: Any
+    limits: Limits
+    defaults: dict[str, float]  # how the checkpoint's makers want it to be sampled
+
+
+def about(llm: LLM) -> About:
+    """What to tell of an engine."""
+    defaults = sampling_defaults(find_checkpoint(llm.config.model))
+    return About(llm.config.model or "nanovllm-tiny", llm.tokenizer, llm.limits, defaults)
+
+
+def in_thread(llm: LLM) -> Connection:
+    """Let a thread step an engine; the pipe to it, whose first message is `about` it."""
+    ours, theirs = multiprocessing.Pipe()
+    theirs.send(about(llm))
+    Thread(target=EngineLoop(llm, theirs).run, name="engine", daemon=True).start()
+    return ours
+
+
+SUGGESTED = "temperature", "top_p", "top_k", "min_p", "repetition_penalty"
+
+
+def sampling_defaults(folder: Path) -> dict[str, float]:
+    """How a checkpoint's generation_config.json suggests to sample; what is no option is left."""
+    path = folder / "generation_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if values.get("do_sample") is False:
+        return {}
+    found = {name: values[name] for name in SUGGESTED if values.get(name) is not None}
+    SamplingParams(**found)  # a ValueError says what does not fit
+    return found
+
+
+def in_process(options: dict[str, Any]) -> tuple[Connection, Any]:
+    """Build an engine in a process of its own: the pipe to it, and the process.
+
+    options: of `LLM`. The first message is `about` it, or the error that it failed with.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, options), name="engine")
+    process.start()
+    theirs.close()  # so that the end of the process is the end of the pipe
+    return ours, process
+
+
+def work(pipe: Connection, options: dict[str, Any]) -> None:
+    """The process's life. It ends when the pipe does; signals are for the one who started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        llm = LLM(**options)
+        pipe.send(about(llm))
+    except Exception as error:
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        pipe.send(kind(one_line(error)))
+        return
+    EngineLoop(llm, pipe).run()
+    llm.exit()

@@ -1,0 +1,29 @@
+"""The server's options."""
+
+from dataclasses import dataclass
+
+from nanovllm.utils.options import check_options, option
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """How to serve; frozen once checked. A misfit raises ValueError."""
+
+    host: str = option("127.0.0.1", "address to listen on; others than this machine's need a key")
+    port: int = option(8000, "port to listen on; 0: any free one", minimum=0, maximum=65535)
+    api_key: str | None = option(
+        None, "what callers must send as Authorization: Bearer KEY (or set NANOVLLM_API_KEY)"
+    )
+    served_model_name: str | None = option(None, "what callers call the model")
+    max_open: int = option(1024, "most requests that run or wait; more are told to come later")
+    max_body_bytes: int = option(4 << 20, "longest body of a request", minimum=1)
+    allowed_origins: list[str] | tuple[str, ...] = option(
+        (), "a web page's origin that may call from a browser (CORS)"
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def name_of(self, model: str) -> str:
+        """What callers call the model: as asked for, else the last part of its path or name."""
+        return self.served_model_name or model.rstrip("/").rpartition("/")[2]
