@@ -67,7 +67,7 @@ def save_random(
     return folder
 
 
-def offered(families: dict[str, dict]) -> list[tuple[str, dict]]:
+def supported(families: dict[str, dict]) -> list[tuple[str, dict]]:
     """Those of the families, with a shape for each, that the package under test runs."""
     from nanovllm.models import MODELS
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import SMALL, offered, random_prompts, save_random
+from checkpoints import SMALL, random_prompts, save_random, supported
 from device import ON_GPU
 
 import nanovllm
@@ -40,7 +40,7 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=offered(FAMILIES), ids=lambda param: param[0])
+@pytest.fixture(scope="module", params=supported(FAMILIES), ids=lambda param: param[0])
 def folder(request, tmp_path_factory):
     """A random model of two layers, with groups of query heads and biases."""
     family, shape = request.param

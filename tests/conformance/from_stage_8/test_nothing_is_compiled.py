@@ -8,7 +8,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from checkpoints import offered, random_prompts, save_random
+from checkpoints import random_prompts, save_random, supported
 from compile_keys import compiling
 from device import ON_GPU, offered
 from replaying import record
@@ -32,7 +32,7 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=offered(FAMILIES), ids=lambda param: param[0])
+@pytest.fixture(scope="module", params=supported(FAMILIES), ids=lambda param: param[0])
 def folder(request, tmp_path_factory):
     """One layer, with groups of query heads and a head that is a matrix of its own."""
     family, shape = request.param
