@@ -1,4 +1,4 @@
-"""The command line: `nanovllm generate | chat | serve | bench`."""
+"""The command line: `nanovllm generate | chat | serve | batch | bench`."""
 
 import argparse
 import os
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from nanovllm.config import Config
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.serve.settings import ServeConfig
+from nanovllm.serve.settings import BatchConfig, ServeConfig
 from nanovllm.utils.chat import Messages, check_chat_template
-from nanovllm.utils.errors import one_line
+from nanovllm.utils.errors import of_extra, one_line
 from nanovllm.utils.options import types_of
 
 if TYPE_CHECKING:  # they are loaded once they are needed
@@ -77,15 +77,18 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=help_text)
     add_options(serve, ServeConfig)
     add_options(serve, Config, "model")
+    batch = commands.add_parser("batch", help="answer a file of requests", allow_abbrev=False)
+    batch.add_argument("source", type=Path, metavar="IN.jsonl", help="as OpenAI's batches")
+    batch.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.jsonl")
+    add_options(batch, BatchConfig)
+    add_options(batch, Config)
     add_bench(commands)
     return parser
 
 
 def add_bench(commands: Any) -> None:
     """The grammar of `nanovllm bench`."""
-    bench = commands.add_parser(
-        "bench", help="measure the engine on the standard workload", allow_abbrev=False
-    )
+    bench = commands.add_parser("bench", help="measure the engine", allow_abbrev=False)
     names = "standard", "small", "sampled", "long", "few", "arrivals"
     bench.add_argument("--workload", choices=names, help="default: by device")
     bench.add_argument("--shape", metavar="NAME", help="random weights of a size: qwen3-0.6b, …")
@@ -208,18 +211,22 @@ def run_stage(stage: int) -> int:
 
 def serve(args: argparse.Namespace) -> None:
     """Answer requests over HTTP until a signal ends it."""
-    try:
+    with of_extra("serve"):
         from nanovllm.serve.start import serve
-    except ImportError as error:
-        what = "serving needs more packages: pip install 'nanovllm[serve]'"
-        raise RuntimeError(f"{what} ({error})") from error
     serve(take(args, Config), ServeConfig(**take(args, ServeConfig)))
+
+
+def batch(args: argparse.Namespace) -> None:
+    """Answer a file of requests; after a kill, go on where it was."""
+    with of_extra("serve"):
+        from nanovllm.serve.batch import run_batch
+    run_batch(args.source, args.output, take(args, Config), BatchConfig(**take(args, BatchConfig)))
 
 
 def main() -> int:
     """Run the command line; 0 well, 2 a caller's mistake, 1 a failure, 130 Ctrl-C."""
     args = make_parser().parse_args()
-    commands = {"generate": generate, "chat": chat, "serve": serve, "bench": bench}
+    commands = {"generate": generate, "chat": chat, "serve": serve, "batch": batch, "bench": bench}
     try:
         commands[args.command](args)
         print(end="", flush=True)  # what does not fit on a disk shows here at the latest

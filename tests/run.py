@@ -55,6 +55,8 @@ TURNS = (
     r"engine/(block|block_manager|llm_engine|outputs|parallel_runner|pipeline|requests|result"
     r"|scheduler|sequence|step_inputs|turns)\.py|parallel/"
 )
+# A server, and the engine behind it.
+SERVED = STEPS + r"|engine/|serve/(?!batch|ray_settings|settings|workers)"
 # File of the suite -> the modules whose laws it holds. Each takes 7 to 90 seconds a stage.
 LAWS_OF = {
     "from_stage_4/test_prefix_tokens.py": POLICY,
@@ -68,18 +70,20 @@ LAWS_OF = {
     "from_stage_10/test_lost_ranks.py": TURNS,
     "from_stage_10/test_tensor_parallel.py": STEPS,
     "from_stage_11/test_batch_invariant.py": STEPS,
+    "from_stage_12/test_edited_logits.py": SERVED,
+    "from_stage_12/test_http_fuzz.py": SERVED,
+    "from_stage_12/test_openai_client.py": SERVED,
+    "from_stage_12/test_schema_fuzz.py": SERVED,
+    "from_stage_12/test_server_faults.py": SERVED,
+    "from_stage_12/test_tools_and_thoughts.py": SERVED,
+    "from_stage_13/test_batch.py": r"engine/|serve/",
+    "from_stage_13/test_ray_workers.py": r"engine/|serve/",
 }
 # What `make check` leaves to `make test`: files that take more than ten seconds.
 SLOW = (
     *("tests/conformance/" + name for name in LAWS_OF),
     "tests/conformance/from_stage_3/test_paged_tokens.py",
     "tests/conformance/from_stage_8/test_usual_scripts.py",
-    "tests/conformance/from_stage_12/test_edited_logits.py",
-    "tests/conformance/from_stage_12/test_http_fuzz.py",
-    "tests/conformance/from_stage_12/test_openai_client.py",
-    "tests/conformance/from_stage_12/test_schema_fuzz.py",
-    "tests/conformance/from_stage_12/test_server_faults.py",
-    "tests/conformance/from_stage_12/test_tools_and_thoughts.py",
     "tests/conformance/from_stage_14/test_families.py",
     "tests/conformance/from_stage_14/test_vocabulary.py",
     "tests/conformance/test_imports.py",

@@ -1,4 +1,4 @@
-"""The diagram of chapter 12: two processes and the pipe between them. diagrams.py writes it."""
+"""The diagrams of chapters 12 and 13: a server, and a batch before it. diagrams.py writes them."""
 
 from __future__ import annotations
 
@@ -39,4 +39,31 @@ def serving(height: int = 300) -> Axes:
     return ax
 
 
-DIAGRAMS = [serving]
+def batch(height: int = 300) -> Axes:
+    """The way of a line to its row in the result."""
+    ax = canvas(height)
+    box(ax, 6, 40, 104, 56, "IN.jsonl", WHITE, "any size", size=SMALL)
+    box(ax, 142, 40, 128, 56, "unanswered:\nlines to ask", WHITE, size=SMALL)
+    box(ax, 302, 40, 110, 56, "readers,\nso many", NOW, size=SMALL)
+    box(ax, 444, 40, 110, 56, "desk: the\nserver's app", WHITE, size=SMALL)
+    box(ax, 586, 40, 108, 56, "engine", KEPT, "its process", size=SMALL)
+    for start, end in ((112, 140), (272, 300), (414, 442), (556, 584)):
+        arrow(ax, (start, 60), (end, 60))
+    arrow(ax, (584, 80), (556, 80))
+    arrow(ax, (442, 80), (414, 80))
+    box(ax, 256, 176, 202, 56, "OUT.jsonl.journal", KEPT, "rows as they end", size=SMALL)
+    box(ax, 586, 176, 108, 56, "OUT.jsonl", KEPT, "in order", size=SMALL)
+    arrow(ax, (357, 98), (357, 174))
+    label(ax, 366, 138, "note", SMALL, SOFT, ha="left")
+    arrow(ax, (230, 98), (290, 174))
+    label(ax, 246, 138, "faulty lines", SMALL, SOFT, ha="right")
+    arrow(ax, (254, 204), (178, 98))
+    label(ax, 196, 190, "is it there?", SMALL, SOFT, ha="right")
+    arrow(ax, (460, 204), (584, 204))
+    label(ax, 522, 190, "publish", SMALL, SOFT)
+    label(ax, 357, 262, "only grows; the next run reads it first", SMALL, SOFT)
+    label(ax, 640, 262, "once all are there", SMALL, SOFT)
+    return ax
+
+
+DIAGRAMS = [serving, batch]

@@ -27,3 +27,22 @@ class ServeConfig:
     def name_of(self, model: str) -> str:
         """What callers call the model: as asked for, else the last part of its path or name."""
         return self.served_model_name or model.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchConfig:
+    """How to answer a batch file; frozen once checked. A misfit raises ValueError."""
+
+    workers: int = option(1, "engines, each with its own GPU or CPU; several run on Ray", minimum=1)
+    address: str | None = option(
+        None, "a Ray cluster that is there: auto or HOST:PORT (default: start one on this machine)"
+    )
+    served_model_name: str | None = option(None, "what requests call the model")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def needs_ray(self) -> bool:
+        """Is there more to it than one engine on this machine?"""
+        return self.workers > 1 or self.address is not None

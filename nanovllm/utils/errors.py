@@ -23,3 +23,13 @@ def one_line(error: BaseException) -> str:
     """The first line of an exception's text, or the name of its class where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def of_extra(name: str) -> Iterator[None]:
+    """Turn an ImportError inside into a RuntimeError that says which extra to install."""
+    try:
+        yield
+    except ImportError as error:
+        wanted = f"pip install 'nanovllm[{name}]'"
+        raise RuntimeError(f"this needs more packages: {wanted} ({error})") from error
