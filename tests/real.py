@@ -71,6 +71,7 @@ def convert(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     config = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
@@ -78,6 +79,7 @@ def convert(folder: Path) -> None:
     )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(PLACE, gguf_file=FILE).save_pretrained(folder)
+    torch.set_num_threads(threads)
 
 
 class Checks:
