@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from conftest import TINY
 from device import build
 from families import EACH, save_each
 from serving import parsed, served
@@ -24,11 +23,11 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module", params=EACH)
-def served_family(request, tmp_path_factory):
+def served_family(request, bundled, tmp_path_factory):
     """(a server, an engine that nobody serves) on random weights with the bundled vocabulary."""
     folder, _ = save_each(tmp_path_factory.mktemp(request.param), request.param, vocab_size=1536)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(TINY / name, folder)
+        shutil.copy(bundled / name, folder)
     options = dict(dtype="float32", num_kvcache_blocks=60, kvcache_block_size=16)
     llm, offline = build(folder, **options), build(folder, **options)
     with served(llm) as server:
