@@ -2,8 +2,11 @@
 
 One engine generates offline, then a server before the same model answers the same requests, each
 streamed over a connection of its own. Clients are processes of their own, so that reading takes
-nothing from the server. With --rates, requests arrive at random times instead, at each of some
-rates. Prints one JSON object a line.
+nothing from the server. Each of the --streams asks once, all in the same instant, and then, with
+--rounds, so many times in turn: who has an answer asks the next question. With --rates, requests
+arrive at random times instead, at each of some rates. Connections are opened before a request is
+due, for many that come at once are tried again by the system, after a second. Prints one JSON
+object a line.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from pathlib import Path
 from nanovllm.workloads import SHAPES
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+CONNECT_S = 1.0  # before a request is due
 LETTERS = ["".join(x) for n in (1, 2, 3, 4) for x in product(ALPHABET, repeat=n)]
 
 
@@ -84,8 +88,9 @@ def server(options: list[str]) -> Iterator[int]:
 
 async def stream(port: int, body: dict, due: float, start: float) -> Seen:
     """One request, sent when it is due; when each of its pieces came."""
-    await asyncio.sleep(max(0.0, start + due - time.monotonic()))
+    await asyncio.sleep(start + due - CONNECT_S - time.monotonic())
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    await asyncio.sleep(start + due - time.monotonic())
     text = json.dumps(body).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
@@ -101,19 +106,29 @@ async def stream(port: int, body: dict, due: float, start: float) -> Seen:
     return Seen(due, pieces)
 
 
-def client(port: int, start: float, requests: list[tuple[float, dict]]) -> list[Seen]:
-    """A process's life: some of the requests."""
+async def in_turn(port: int, requests: list[tuple[float, dict]], start: float) -> list[Seen]:
+    """Requests of one caller: each is due when the one before has its answer, or later."""
+    seen: list[Seen] = []
+    for due, body in requests:
+        now = time.monotonic() - start if seen else 0.0
+        seen.append(await stream(port, body, max(due, now), start))
+    return seen
+
+
+def client(port: int, start: float, callers: list[list[tuple[float, dict]]]) -> list[Seen]:
+    """A process's life: some of the callers."""
 
     async def all_of_them() -> list[Seen]:
-        return await asyncio.gather(*(stream(port, body, due, start) for due, body in requests))
+        found = await asyncio.gather(*(in_turn(port, requests, start) for requests in callers))
+        return [seen for of_one in found for seen in of_one]
 
     return asyncio.run(all_of_them())
 
 
-def served(port: int, requests: list[tuple[float, dict]], num_clients: int) -> list[Seen]:
-    """All requests, by several clients at once."""
-    start = time.monotonic() + 2.0  # when all clients are there
-    parts = [requests[i::num_clients] for i in range(num_clients)]
+def served(port: int, callers: list[list[tuple[float, dict]]], num_clients: int) -> list[Seen]:
+    """All callers' requests, by several clients at once."""
+    start = time.monotonic() + 3.0  # when all clients are there
+    parts = [callers[i::num_clients] for i in range(num_clients)]
     with multiprocessing.get_context("spawn").Pool(num_clients) as pool:
         found = pool.starmap(client, [(port, start, part) for part in parts if part])
     return [seen for part in found for seen in part]
@@ -175,22 +190,25 @@ def measure(args: argparse.Namespace, model: str, vocabulary: int, load_format: 
         rest = {"max_tokens": args.output, "temperature": 0.6, "ignore_eos": True, "stream": True}
         return [{"prompt": prompt, **rest} for prompt in prompts(count)]
 
-    alone = {}
-    for streams in args.streams:
-        options = {"model": model, "load_format": load_format, "max_model_len": longest}
-        alone[streams] = offline(options, prompts(streams), args.output)
-    command = [model, "--load-format", load_format, "--max-model-len", str(longest)]
-    with server(command) as port:
-        served(port, [(0.0, body) for body in bodies(8)], 1)  # for what happens once
-        for streams in args.streams:
-            seen = served(port, [(0.0, body) for body in bodies(streams)], args.clients)
-            got, own = figures(seen, args.output, True), alone[streams]
-            share = got["tokens_per_s"] / own["tokens_per_s"]
-            print(json.dumps({"streams": streams, "share": share, "offline": own, "served": got}))
+    model_len = ["--load-format", load_format, "--max-model-len", str(longest)]
+    options = {"model": model, "load_format": load_format, "max_model_len": longest}
+    for streams, rounds in product(args.streams, sorted({1, args.rounds})):
+        own = offline(options | {"max_num_seqs": streams}, prompts(streams * rounds), args.output)
+        callers = [[(0.0, body) for body in bodies(rounds)] for _ in range(streams)]
+        with server([model, *model_len, "--max-num-seqs", str(streams)]) as port:
+            served(port, [[(0.0, body)] for body in bodies(8)], 1)  # for what happens once
+            got = figures(served(port, callers, args.clients), args.output, rounds == 1)
+        share = got["tokens_per_s"] / own["tokens_per_s"]
+        row = {"streams": streams, "rounds": rounds, "share": share, "offline": own, "served": got}
+        print(json.dumps(row), flush=True)
+    if not args.rates:
+        return
+    with server([model, *model_len]) as port:
+        served(port, [[(0.0, body)] for body in bodies(8)], 1)
         for rate in args.rates:
             times = accumulate(dice.expovariate(rate) for _ in range(int(rate * args.seconds)))
-            requests = list(zip(times, bodies(int(rate * args.seconds))))
-            seen = served(port, requests, args.clients)
+            callers = [[request] for request in zip(times, bodies(int(rate * args.seconds)))]
+            seen = served(port, callers, args.clients)
             print(json.dumps({"rate": rate, **figures(seen, args.output, False)}), flush=True)
 
 
@@ -199,6 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, help="default: the bundled model")
     parser.add_argument("--streams", type=int, nargs="*", default=[64, 256])
+    parser.add_argument("--rounds", type=int, default=4, help="requests of each stream in turn")
     parser.add_argument("--rates", type=float, nargs="*", default=[], help="requests a second")
     parser.add_argument("--seconds", type=float, default=10, help="how long requests arrive")
     parser.add_argument("--input", type=int, default=256, help="tokens of each prompt")
