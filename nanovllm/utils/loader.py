@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from threading import RLock
 from typing import Any, cast
 
 import torch
@@ -48,6 +49,12 @@ def files_of_tensors(folder: Path) -> dict[str, str]:
 LARGE = 2**30  # bytes of a checkpoint
 
 
+class Bar(tqdm):
+    """A bar that is the only one: no lock between processes, and no thread."""
+
+    _lock, monitor_interval = RLock(), 0
+
+
 def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
     """Each tensor of a checkpoint with its name, from the one file that it is to be read from.
 
@@ -58,7 +65,7 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
     with as_value_error(f"{folder} can't be read"):
         size = sum((folder / file).stat().st_size for file in set(files.values()))
     hidden = {} if size >= LARGE else {"disable": True}
-    with tqdm(total=len(files), desc="Loading", unit="tensor", **hidden) as bar:
+    with Bar(total=len(files), desc="Loading", unit="tensor", **hidden) as bar:
         for file in sorted(set(files.values())):
             with as_value_error(f"{folder / file} can't be read"):
                 tensors = safe_open(folder / file, framework="pt")
