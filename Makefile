@@ -9,7 +9,7 @@ DEMO := $(VENV)/.stamp-demo
 FULL := $(VENV)/.stamp-full
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test clients soak gpu book figures ladder notebooks tangle format clean
+.PHONY: help demo check test real clients soak gpu book figures ladder notebooks tangle format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -22,6 +22,9 @@ check: $(FULL)  ## after a change: lint, tangle, types, the quick tests of the l
 
 test: $(FULL)  ## run everything: lint, tangle, tests, book build, every notebook
 	@$(BIN)/python tests/run.py
+
+real: $(FULL)  ## real weights (93 MB are fetched): compared with transformers, asked, and timed
+	@$(BIN)/python tests/real.py
 
 clients: $(FULL)  ## try the server with LiteLLM, LangChain, lm-eval and GuideLLM (installs them)
 	@$(PIP) -e '.[clients]'

@@ -115,8 +115,9 @@ def floor_seconds(llm: "LLM", prompts: list[list[int]], num_outputs: list[int]) 
         flops += 2 * head * num_output
         read += sum(range(len(prompt) + 1, num_tokens + 1))  # decode steps
     read *= kv_bytes_per_token(config, lm_head.element_size())
-    num_weights = layer_flops(config, 1, 0) // 2 + head
-    read += num_weights * lm_head.element_size() * max(num_outputs)
+    num_steps = max(num_outputs)
+    running = [sum(n > step for n in num_outputs) for step in range(num_steps)]
+    read += (weights_read(config, running) + num_steps * head) * lm_head.element_size()
     bandwidth, flop_rate = ceilings(lm_head.device, lm_head.dtype)
     num_gpus = getattr(llm.config, "tensor_parallel_size", 1)  # an option of chapter 10
     return max(read / bandwidth, flops / flop_rate) / num_gpus
@@ -130,8 +131,14 @@ def layer_flops(config: "ModelConfig", num_tokens: int, num_pairs: int) -> int:
     """
     q_size = config.num_attention_heads * config.head_dim
     kv_size = config.num_key_value_heads * config.head_dim
-    matrices = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
+    matrices = config.hidden_size * (2 * q_size + 2 * kv_size) + int(config.mlp_weights())
     return config.num_hidden_layers * (2 * num_tokens * matrices + 4 * num_pairs * q_size)
+
+
+def weights_read(config: "ModelConfig", running: list[int]) -> int:
+    """How many weights of the layers are read, by steps that run so many requests."""
+    more = sum(config.mlp_weights(number) - config.mlp_weights() for number in running)
+    return len(running) * layer_flops(config, 1, 0) // 2 + int(config.num_hidden_layers * more)
 
 
 def kv_bytes_per_token(config: "ModelConfig", element_size: int) -> int:

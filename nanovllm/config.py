@@ -97,9 +97,12 @@ class Config:
         return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
 
 
+SHARDED = ("num_attention_heads", "intermediate_size", "moe_intermediate_size")
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a Qwen3 model, as its checkpoint's config.json states it."""
+    """The shape of a model, as its checkpoint's config.json states it."""
 
     vocab_size: int
     hidden_size: int
@@ -116,13 +119,25 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
+    mlp_bias: bool = False
+    num_experts: int | None = None  # of a mixture; this and the next two go together
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] | list[int] | None = None
 
     def __post_init__(self) -> None:
         check_shape(self)
+        if (self.num_experts_per_tok or 0) > (self.num_experts or 0):
+            raise ValueError(
+                f"num_experts_per_tok must be at most num_experts={self.num_experts}, "
+                f"got {self.num_experts_per_tok}"
+            )
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
-        """Read config.json and generation_config.json; ValueError for what is not a Qwen3."""
+        """Read config.json and generation_config.json; ValueError for what can't be run."""
         values = read_shape(folder, cls)
         with as_value_error(f"{folder / 'config.json'}"):
             return cls(**values)
@@ -162,21 +177,30 @@ class ModelConfig:
 
     def shard(self, size: int) -> "ModelConfig":
         """The shape of one rank's part among `size`; ValueError where it does not divide."""
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        for name in ("num_attention_heads", "intermediate_size"):
-            if getattr(self, name) % size:
+        kv_heads = self.num_key_value_heads
+        whole = {name: getattr(self, name) for name in SHARDED if getattr(self, name) is not None}
+        for name, number in whole.items():
+            if number % size:
                 raise ValueError(
-                    f"tensor_parallel_size={size} does not divide the model's {name}, "
-                    f"{getattr(self, name)}"
+                    f"tensor_parallel_size={size} does not divide the model's {name}, {number}"
                 )
         if max(kv_heads, size) % min(kv_heads, size):
             raise ValueError(
                 f"tensor_parallel_size={size} and the model's num_key_value_heads, {kv_heads}, "
                 "do not divide each other"
             )
-        return replace(
-            self,
-            num_attention_heads=heads // size,
-            num_key_value_heads=max(1, kv_heads // size),
-            intermediate_size=self.intermediate_size // size,
-        )
+        own = {name: number // size for name, number in whole.items()}
+        return replace(self, num_key_value_heads=max(1, kv_heads // size), **own)
+
+    def mlp_weights(self, num_tokens: int | None = None) -> float:
+        """Weights of a layer's MLP: those that one token takes, or that so many tokens read.
+
+        Of a mixture these are the router's and those of the experts. Tokens that choose evenly and
+        independently leave an expert unread with a chance of (1 - top / number) ** num_tokens.
+        """
+        number, taken = self.num_experts, float(self.num_experts_per_tok or 0)
+        if number is None:
+            return 3 * self.hidden_size * self.intermediate_size
+        if num_tokens is not None:
+            taken = number * (1 - (1 - taken / number) ** num_tokens)
+        return self.hidden_size * (number + 3 * taken * (self.moe_intermediate_size or 0))

@@ -30,12 +30,33 @@ def qwen3_shape(hidden: int, intermediate: int, layers: int, heads: int, tied: b
     }
 
 
+LLAMA_3 = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "num_key_value_heads": 8, "head_dim": 64, "eos_token_id": 128001,
+}  # fmt: skip
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 4,
+    "vocab_size": 152064, "max_position_embeddings": 32768,
+}  # fmt: skip
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_key_value_heads": 4,
+    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}  # fmt: skip
 SHAPES = {
     "qwen3-0.6b": qwen3_shape(1024, 3072, 28, 16, tied=True),
     "qwen3-1.7b": qwen3_shape(2048, 6144, 28, 16, tied=True),
     "qwen3-4b": qwen3_shape(2560, 9728, 36, 32, tied=True),
     "qwen3-8b": qwen3_shape(4096, 12288, 36, 32, tied=False),
     "qwen3-32b": qwen3_shape(5120, 25600, 64, 64, tied=False),
+    "llama-3.2-1b": {**qwen3_shape(2048, 8192, 16, 32, tied=True), **LLAMA_3},
+    "qwen2.5-7b": {**qwen3_shape(3584, 18944, 28, 28, tied=False), **QWEN2},
+    "qwen3-30b-a3b": {**qwen3_shape(2048, 6144, 48, 32, tied=False), **QWEN3_MOE},
 }
 
 

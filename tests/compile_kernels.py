@@ -24,11 +24,13 @@ from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.decode_attention import paged_decode_attention
 from nanovllm.kernels.fixed_attention import fixed_attention, fixed_decode
 from nanovllm.kernels.fixed_order import fixed_order
+from nanovllm.kernels.grouped_linear import run_experts
 from nanovllm.kernels.logprobs import logprobs_of
 from nanovllm.kernels.norm_rope_store import norm_rope_store
 from nanovllm.kernels.penalties import Penalties, penalise_
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
 from nanovllm.kernels.resolve_tokens import resolve_tokens
+from nanovllm.kernels.routing import route
 from nanovllm.kernels.sample import sample
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.kernels.small_linear import linear, small_linear
@@ -118,6 +120,8 @@ def layers(dtype: torch.dtype, hidden: int, heads: int, kv_heads: int, head_dim:
             x, counters = torch.zeros(n, size, dtype=dtype), torch.zeros(4, dtype=torch.int32)
             for given in (None, counters):
                 small_linear(x, weight, silu, given)
+                if not silu:
+                    small_linear(x, weight, silu, given, torch.zeros(64, dtype=dtype))
     ids, logits = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 5000, dtype=dtype)
     sample(logits, torch.ones(3), ids, ids)
     history, slots = torch.zeros(99, dtype=torch.int32), ids
@@ -137,6 +141,17 @@ def layers(dtype: torch.dtype, hidden: int, heads: int, kv_heads: int, head_dim:
         sample_filtered_(whole, logits[:1].repeat(rows, 1), draw, filters)
 
 
+def mixture(dtype: torch.dtype, hidden: int, size: int, number: int, top: int) -> None:
+    """Routing and experts, from a single token to more than any tile takes."""
+    gate_up, down = (
+        torch.zeros(number, *shape, dtype=dtype) for shape in ((2 * size, hidden), (hidden, size))
+    )
+    for n in (1, 2, 3, 32, 256, 1024, 4096):
+        x, logits = torch.zeros(n, hidden, dtype=dtype), torch.zeros(n, number, dtype=dtype)
+        for norm in (False, True):
+            run_experts(x, gate_up, down, *route(logits, top, norm))
+
+
 def sums(dtype: torch.dtype, hidden: int, ranks: int) -> None:
     """The sum over ranks, alone and with what follows it, for few rows and for many."""
     x, ones = torch.zeros(3, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype)
@@ -151,6 +166,7 @@ if __name__ == "__main__":
     for dtype in (torch.bfloat16, torch.float32):
         attention(dtype, head_dim=128, group=2, block_size=256)
         layers(dtype, hidden=1024, heads=16, kv_heads=8, head_dim=128)
+        mixture(dtype, hidden=2048, size=768, number=128, top=8)
         sums(dtype, hidden=4096, ranks=2)
     attention(torch.bfloat16, head_dim=64, group=1, block_size=16)
     attention(torch.bfloat16, head_dim=128, group=8, block_size=64)
@@ -158,5 +174,6 @@ if __name__ == "__main__":
     attention(torch.bfloat16, head_dim=64, group=8, block_size=256)
     attention(torch.float16, head_dim=64, group=2, block_size=128)
     layers(torch.bfloat16, hidden=256, heads=6, kv_heads=2, head_dim=64)
+    mixture(torch.bfloat16, hidden=300, size=70, number=5, top=2)
     sums(torch.bfloat16, hidden=450, ranks=8)
     print(json.dumps(sorted(compiled)))

@@ -84,6 +84,8 @@ SLOW = (
     *("tests/conformance/" + name for name in LAWS_OF),
     "tests/conformance/from_stage_3/test_paged_tokens.py",
     "tests/conformance/from_stage_8/test_usual_scripts.py",
+    "tests/conformance/from_stage_14/test_families.py",
+    "tests/conformance/from_stage_14/test_vocabulary.py",
     "tests/conformance/test_imports.py",
     "tests/test_chat_page.py",
     "tests/test_cli.py",

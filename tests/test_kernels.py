@@ -36,7 +36,14 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from nanovllm.kernels import candidates, jit, penalties, prefill_attention, prefill_hopper
+from nanovllm.kernels import (
+    candidates,
+    grouped_linear,
+    jit,
+    penalties,
+    prefill_attention,
+    prefill_hopper,
+)
 from nanovllm.kernels import fixed_attention as fixed_attention_module
 from nanovllm.kernels import small_linear as small_linear_module
 from nanovllm.kernels.add_rms_norm import add_rms_norm, add_rms_norm_torch
@@ -44,11 +51,14 @@ from nanovllm.kernels.all_reduce import all_reduce
 from nanovllm.kernels.candidates import sample_filtered_
 from nanovllm.kernels.decode_attention import paged_decode_attention
 from nanovllm.kernels.fixed_attention import fixed_attention, fixed_decode
+from nanovllm.kernels.fixed_order import fixed_order
+from nanovllm.kernels.grouped_linear import run_experts, run_experts_torch
 from nanovllm.kernels.logprobs import logprobs_of, logprobs_torch
 from nanovllm.kernels.norm_rope_store import norm_rope_store, norm_rope_store_torch
 from nanovllm.kernels.penalties import Penalties, penalise_, penalise_torch_
 from nanovllm.kernels.prefill_attention import paged_prefill_attention
 from nanovllm.kernels.resolve_tokens import resolve_tokens
+from nanovllm.kernels.routing import plan, route
 from nanovllm.kernels.sample import sample, sample_best, sample_parts
 from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_torch
 from nanovllm.kernels.small_linear import is_small, linear, small_linear
@@ -202,13 +212,110 @@ def test_a_heavy_matrix_is_taken_token_by_token(num_tokens, monkeypatch):
 @each_dtype
 @pytest.mark.parametrize("num_tokens", [1, 2, 16, 17])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
-def test_linear_of_any_number_of_tokens(has_bias, num_tokens, dtype):
-    x, weight, bias = (randn(*shape, dtype=dtype) for shape in ((num_tokens, 96), (13, 96), (13,)))
-    bias = bias if has_bias else None
-    with kernels():
-        found = linear(x, weight, bias)
+@pytest.mark.parametrize("size", [96, 2100])
+def test_linear_of_any_number_of_tokens(size, has_bias, num_tokens, dtype):
+    """With counters too, where the columns of a wide matrix are split and the bias counts once."""
+    shapes = (num_tokens, size), (13, size), (13,)
+    x, weight, bias = (randn(*shape, dtype=dtype) for shape in shapes)
+    bias, counters = bias if has_bias else None, torch.zeros(1, dtype=torch.int32, device=DEV)
     expected = torch.nn.functional.linear(*exact(x, weight), *exact(bias) if has_bias else ())
-    check(padded(found, 96**0.5), padded(expected, 96**0.5), factor=3)
+    for given in (None, counters):
+        with kernels():
+            found = linear(x, weight, bias, given)
+        check(padded(found, size**0.5), padded(expected, size**0.5), factor=3)
+
+
+# Experts
+
+
+@each_dtype
+@pytest.mark.parametrize("norm", [False, True], ids=["softmax", "normalised"])
+@pytest.mark.parametrize("num_experts, top", [(1, 1), (5, 2), (8, 8), (60, 4), (128, 8)])
+def test_route(num_experts, top, norm, dtype):
+    """The likeliest experts in order, each once, and the weights of those that were chosen."""
+    logits = randn(33, num_experts, dtype=dtype, scale=2.0)
+    with kernels():
+        experts, weights = route(logits, top, norm)
+    (exact_logits,) = exact(logits)
+    shares = exact_logits.softmax(-1)
+    best = shares.topk(top).values
+    chosen = shares.gather(1, experts.cpu().long())
+    assert torch.allclose(chosen, best, rtol=1e-6)
+    assert all(len(set(row)) == top for row in experts.tolist())
+    check(weights, chosen / chosen.sum(-1, keepdim=True) if norm else chosen)
+
+
+def test_route_takes_the_first_of_equals_and_keeps_a_nan_to_its_row():
+    logits = torch.zeros(3, 6, device=DEV)
+    logits[1, 2] = torch.nan
+    with kernels():
+        experts, weights = route(logits, 3, True)
+    assert experts[0].tolist() == experts[2].tolist() == [0, 1, 2]
+    assert weights[1].isnan().all() and torch.equal(
+        weights[[0, 2]], weights.new_full((2, 3), 1 / 3)
+    )
+    assert ((experts >= 0) & (experts < 6)).all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 300, 700])
+@pytest.mark.parametrize("num_experts, top", [(1, 1), (5, 2), (128, 8)])
+def test_plan(num_experts, top, num_tokens):
+    """A stable order by experts; some get no pair at all."""
+    experts = torch.randint(0, max(1, num_experts - 2), (num_tokens, top), dtype=torch.int32)
+    with kernels():
+        order, starts = plan(guarded(experts.to(DEV)), num_experts)
+    expected = experts.flatten().sort(stable=True)
+    assert order.tolist() == expected.indices.tolist()
+    counts = experts.flatten().long().bincount(minlength=num_experts)
+    assert starts.tolist() == [0, *counts.cumsum(0).tolist()]
+
+
+@each_dtype
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 9, 40, 150])
+@pytest.mark.parametrize(
+    "num_experts, top, hidden, size",
+    [(1, 1, 16, 16), (5, 2, 96, 40), (8, 8, 64, 24), (7, 3, 300, 70)],
+)
+def test_run_experts(num_experts, top, hidden, size, num_tokens, dtype):
+    """Alone, and with all tokens at one expert, which has tiles of its own and others none."""
+    x = randn(num_tokens, hidden, dtype=dtype)
+    gate_up = randn(num_experts, 2 * size, hidden, dtype=dtype, scale=hidden**-0.5)
+    down = randn(num_experts, hidden, size, dtype=dtype, scale=size**-0.5)
+    for spread in (num_experts, top):
+        ids = torch.stack([torch.randperm(spread)[:top] for _ in range(num_tokens)])
+        experts = guarded(ids.int().to(DEV))
+        weights = randn(num_tokens, top, dtype=dtype).abs()
+        with kernels():
+            found = run_experts(x, gate_up, down, experts, weights)
+        sources = exact(x, gate_up, down)
+        expected = run_experts_torch(*sources, ids, *exact(weights))
+        check(padded(found, 1.0), padded(expected, 1.0), factor=4)
+
+
+@pytest.mark.parametrize("share", [2, 10, 40, 100])
+def test_every_tile_of_experts(share, monkeypatch):
+    """The tile depends on how many tokens an expert gets; here each on a handful."""
+    tile = grouped_linear.tile_for(share, 1, 1)
+    monkeypatch.setattr(grouped_linear, "tile_for", lambda *_: tile)
+    x, gate_up, down = randn(9, 80), randn(3, 2 * 72, 80) / 9, randn(3, 80, 72) / 9
+    experts = torch.tensor([[0, 2]] * 9, dtype=torch.int32, device=DEV)
+    weights = torch.full((9, 2), 0.5, device=DEV)
+    with kernels():
+        found = run_experts(x, gate_up, down, experts, weights)
+    check(found, run_experts_torch(*exact(x, gate_up, down, experts, weights)), factor=4)
+
+
+def test_with_a_fixed_order_experts_give_a_token_the_same_bits_in_any_company():
+    x, gate_up, down = randn(40, 256), randn(5, 2 * 48, 256) / 16, randn(5, 256, 48) / 7
+    experts, weights = (y[:40] for y in (torch.arange(80).view(40, 2) % 5, torch.rand(40, 2)))
+    experts, weights = experts.int().to(DEV), weights.to(DEV)
+    with kernels(), fixed_order(torch.zeros(9, dtype=torch.int32, device=DEV)):
+        whole = run_experts(x, gate_up, down, experts, weights)
+        parts = [
+            run_experts(x[at], gate_up, down, experts[at].contiguous(), weights[at].contiguous())
+            for at in (slice(0, 1), slice(1, 3), slice(3, 20), slice(20, 40))
+        ]
+    assert torch.equal(whole, torch.cat(parts))
 
 
 # Into the cache

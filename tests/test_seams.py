@@ -9,13 +9,11 @@ from pathlib import Path
 from test_tangle import export, write_book
 
 import tangle
-from cells import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "book/authors.md").read_text(encoding="utf-8")
 CELL = r" *([^|`]*?) *\|"
 PLANNED = re.compile(rf"^\| (`.*`) \|{CELL}{CELL}{CELL} ", re.MULTILINE)
-COMING = re.compile(r"^\| (\d+) \w[\w ]* \| (`.*?`) \| ", re.MULTILINE)
 
 
 def titles() -> dict[str, int]:
@@ -35,15 +33,6 @@ def planned() -> dict[str, list[int]]:
         for names, *chapters in PLANNED.findall(PAGE)
         for name in re.findall(r"`([\w.]+)`", names)
     }
-
-
-def coming() -> list[tuple[int, str, str]]:
-    """(Chapter, module, name) of what the chapters that are not written will define."""
-    return [
-        (int(chapter), f"nanovllm/{path}", name)
-        for chapter, names in COMING.findall(PAGE)
-        for path, name in re.findall(r"`([\w/]+\.py)::([\w.]+)`", names)
-    ]
 
 
 def sketch(name: str, chapter: int, path: str, is_there: bool) -> str:
@@ -86,19 +75,3 @@ def test_the_chapters_so_far_follow_the_plan():
     for name, chapters in planned().items():
         counts = [n for (_, defined), n in package.count.items() if defined == name]
         assert sum(counts) == len(chapters), name
-
-
-def test_what_coming_chapters_define_goes_through_the_tangle_on_top_of_these():
-    package, sketched = tangle.package(), coming()
-    assert {chapter for chapter, *_ in sketched} == {14}
-    for number, (chapter, path, name) in enumerate(sketched):
-        owner = name.partition(".")[0]
-        elsewhere = {where for where, there in package.names() if there == owner} - {path}
-        assert not elsewhere, f"{owner} stands in {elsewhere}, the page says {path}"
-        source = sketch(name, chapter, path, (path, owner) in package.names())
-        package.add(Cell(source, f"{chapter}_sketch.ipynb", number))
-    assert max(package.count.values()) <= tangle.MOST_DEFINITIONS
-    for chapter, path, name in sketched:
-        assert package.names()[path, name].chapter == f"{chapter}_sketch.ipynb", name
-    for path, source in package.sources().items():
-        compile(source, path, "exec")

@@ -1,10 +1,24 @@
-"""The diagram of chapter 10: a layer on two ranks. diagrams.py writes it."""
+"""The diagrams of a layer on two ranks and of a layer of experts. diagrams.py writes them."""
 
 from __future__ import annotations
 
 from matplotlib.axes import Axes
 
-from drawing import KEPT, NEUTRAL, NOW, SMALL, SOFT, WHITE, arrow, box, canvas, cells, label
+from drawing import (
+    KEPT,
+    NEUTRAL,
+    NOW,
+    SMALL,
+    SOFT,
+    WASTED,
+    WHITE,
+    WIDTH,
+    arrow,
+    box,
+    canvas,
+    cells,
+    label,
+)
 
 OWN = (KEPT, NOW)  # rank 0's and rank 1's
 
@@ -69,4 +83,38 @@ def tensor_parallel(height: int = 500) -> Axes:
     return ax
 
 
-DIAGRAMS = [tensor_parallel]
+EXPERTS = (KEPT, NOW, WASTED, WHITE)
+CHOICES = ((2, 0), (1, 2), (0, 1), (2, 1))  # of four tokens, two each; nobody takes the last
+
+
+def experts(height: int = 372) -> Axes:
+    """Four tokens choose two of four experts each; then they are sorted by experts."""
+    ax, size, top = canvas(height), 30, 62
+    pairs = [(token, expert) for token, chosen in enumerate(CHOICES) for expert in chosen]
+    for x, title in ((58, "tokens"), (160, "choices"), (325, "in order"), (550, "experts")):
+        label(ax, x, 24, title, bold=True)
+    for token, chosen in enumerate(CHOICES):
+        y = top + token * 2 * size
+        cells(ax, 40, y + size / 2, [NEUTRAL], size, texts=[f"t{token}"])
+        arrow(ax, (74, y + size), (126, y + size))
+        for place, expert in enumerate(chosen):
+            cells(ax, 130, y + place * size, [EXPERTS[expert]], 60, size, [f"t{token}, {expert}"])
+    arrow(ax, (200, top + 4 * size), (284, top + 4 * size))
+    label(ax, 242, top + 4 * size - 14, "sort", SMALL, SOFT)
+    y, number = top, 0
+    for expert, fill in enumerate(EXPERTS):
+        own = [token for token, chosen in pairs if chosen == expert]
+        for token in own:
+            cells(ax, 295, top + number * size, [fill], 60, size, [f"t{token}, {expert}"])
+            number += 1
+        tall = max(1, len(own)) * size
+        note = f"{len(own)} rows" if own else "is not read"
+        box(ax, 440, y + 3, 220, tall - 6, f"expert {expert}: {note}", fill, size=SMALL)
+        if own:
+            arrow(ax, (360, y + tall / 2), (436, y + tall / 2))
+        y += tall
+    label(ax, WIDTH / 2, height - 22, "Each token then adds up what its two experts say.", SMALL)
+    return ax
+
+
+DIAGRAMS = [tensor_parallel, experts]

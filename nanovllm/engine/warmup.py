@@ -13,9 +13,9 @@ def warmup_steps(
 ) -> Iterator[list[Sequence]]:
     """Steps after which every kernel has been compiled in each variant that may be needed.
 
-    The largest are the most tokens, and the most sequences at full length. How attention and
-    the small linear layers are compiled depends on the number of rows, and no variant lies
-    between two powers of two. Nothing is stored, and all that is read lies in block 0.
+    The largest are the most tokens, and the most sequences at full length. How the kernels are
+    compiled depends on the number of rows, and no variant lies between two powers of two. Nothing
+    is stored, and all that is read lies in block 0.
     """
 
     def blank(length: int, num_tokens: int, params: SamplingParams = FILTERED) -> Sequence:
@@ -26,13 +26,16 @@ def warmup_steps(
         seq.num_computed_tokens, seq.num_scheduled_tokens = length - num_tokens, num_tokens
         return seq
 
-    whole, rest = divmod(max_num_tokens, max_model_len)
-    lengths = ([max_model_len] * whole + [rest] * (rest > 0))[:max_num_seqs]
-    yield [blank(n, n) for n in sorted(lengths)]  # a single token comes first
+    def prompts(num_tokens: int) -> list[Sequence]:
+        """So many tokens, in prompts that are as long as they may be."""
+        whole, rest = divmod(num_tokens, max_model_len)
+        lengths = ([max_model_len] * whole + [rest] * (rest > 0))[:max_num_seqs]
+        return [blank(n, n) for n in sorted(lengths)]  # a single token comes first
+
+    yield prompts(max_num_tokens)
     yield [blank(max_model_len, 1)] * max_num_seqs
     plain = blank(1, 1, SamplingParams())
     for rows in (*(1 << i for i in range((max_num_seqs - 1).bit_length())), max_num_seqs):
         yield [plain] * rows
-    for length in (2, 16):  # prompts so short that linear layers treat them as decodes
-        if length <= min(max_num_tokens, max_model_len):
-            yield [blank(length, length)]
+    for i in range(1, max_num_tokens.bit_length()):
+        yield prompts(1 << i)

@@ -10,9 +10,9 @@ from nanovllm.kernels.jit import overlaps, tl, triton, uses_triton, wait_for_inp
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def small_linear_kernel(
-    out, x, weight, num_tokens, num_rows,
+    out, x, weight, bias, num_tokens, num_rows,
     SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr,
-    PDL: tl.constexpr,
+    BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program BLOCK rows of the weights, which it asks for before it waits for x."""
     row, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
@@ -21,10 +21,14 @@ def small_linear_kernel(
     rows = tl.load(source, mask=there, other=0.0)
     if SILU:
         ups = tl.load(source + num_rows.to(tl.int64) * SIZE, mask=there, other=0.0)
+    if BIAS:
+        shift = tl.load(bias + row, mask=row < num_rows, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
     for token in range(num_tokens):
         vector = tl.load(x + token * SIZE + column, mask=column < SIZE, other=0.0).to(tl.float32)
         y = tl.sum(rows.to(tl.float32) * vector[None, :], axis=1)
+        if BIAS:
+            y += shift
         if SILU:
             kind = out.dtype.element_ty  # each step is rounded where torch rounds it
             up = tl.sum(ups.to(tl.float32) * vector[None, :], axis=1).to(kind).to(tl.float32)
@@ -38,9 +42,9 @@ WARPS, WIDTH = tl.constexpr(4), tl.constexpr(256)  # of a program, and columns o
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def few_tokens_kernel(
-    out, parts, counters, x, weight, num_tokens, num_rows,
+    out, parts, counters, x, weight, bias, num_tokens, num_rows,
     SIZE: tl.constexpr, STEPS: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
-    SILU: tl.constexpr, PDL: tl.constexpr,
+    SILU: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program 16 rows of the weights and STEPS times WARPS * WIDTH columns."""
     if PDL:  # the next kernel may ask for its weights while these come
@@ -65,7 +69,11 @@ def few_tokens_kernel(
             there = (column < SIZE) & (step + 1 < STEPS)
             weights = tl.load(source + column, mask=there, other=0.0)
         y = tl.dot(these, tl.permute(vectors, [0, 2, 1]), y)
-    finish(out, parts, counters, tl.sum(y, axis=0), num_tokens, num_rows, TOKENS, SPLITS, SILU)
+    y = tl.sum(y, axis=0)
+    if BIAS:  # once, by the program of the first columns
+        is_first = tl.program_id(1) == 0
+        y += tl.load(bias + rows, mask=is_first & (rows >= 0), other=0.0).to(tl.float32)[:, None]
+    finish(out, parts, counters, y, num_tokens, num_rows, TOKENS, SPLITS, SILU)
 
 
 @triton.jit
@@ -124,14 +132,17 @@ def is_small(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return uses_triton(x) and len(x) <= most and not order_is_fixed()
 
 
-def launch_small(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, silu: bool) -> None:
+def launch_small(
+    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool
+) -> None:
     """Launch `small_linear_kernel`."""
     (num_tokens, size), num_rows, pdl = x.shape, out.shape[1], overlaps(x)
     padded = triton.next_power_of_2(size)
     block = max(1, min(4, 16384 // padded))  # rows that the registers hold
     small_linear_kernel[triton.cdiv(num_rows, block),](
-        out, x, weight, num_tokens, num_rows,
-        SIZE=size, PADDED=padded, BLOCK=block, SILU=silu, PDL=pdl, launch_pdl=pdl, num_warps=4,
+        out, x, weight, out if bias is None else bias, num_tokens, num_rows,
+        SIZE=size, PADDED=padded, BLOCK=block, SILU=silu, BIAS=bias is not None, PDL=pdl,
+        launch_pdl=pdl, num_warps=4,
     )  # fmt: skip
 
 
@@ -146,6 +157,7 @@ def launch_few(
     out: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     silu: bool,
     counters: torch.Tensor | None,
 ) -> None:
@@ -156,9 +168,10 @@ def launch_few(
     if splits > 1:
         parts = x.new_empty((tiles, splits, 16, tokens), dtype=torch.float32)
     few_tokens_kernel[tiles, splits](
-        out, parts, out if counters is None else counters, x, weight, num_tokens, num_rows,
-        SIZE=size, STEPS=triton.cdiv(size, splits * WARPS.value * WIDTH.value), TOKENS=tokens,
-        SPLITS=splits, SILU=silu, PDL=pdl, launch_pdl=pdl, num_warps=WARPS.value, num_stages=1,
+        out, parts, out if counters is None else counters, x, weight, out if bias is None else bias,
+        num_tokens, num_rows, SIZE=size, TOKENS=tokens, SPLITS=splits, SILU=silu,
+        STEPS=triton.cdiv(size, splits * WARPS.value * WIDTH.value), BIAS=bias is not None,
+        PDL=pdl, launch_pdl=pdl, num_warps=WARPS.value, num_stages=1,
     )  # fmt: skip
 
 
@@ -167,17 +180,18 @@ def small_linear(
     weight: torch.Tensor,
     silu: bool = False,
     counters: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x Wᵀ for few tokens; with `silu`, SwiGLU's product of the two halves of that.
+    """x Wᵀ (+ b) for few tokens; with `silu`, SwiGLU's product of the two halves of x Wᵀ.
 
     x: [num_tokens, input_size]; weight: [output_size, input_size], both contiguous; counters:
     zeros, [output_size / 16] int32 or more, left zero; calls that share them must not overlap.
     """
     out = x.new_empty((len(x), len(weight) // 2 if silu else len(weight)))
     if len(x) > 1 and is_light(weight):
-        launch_few(out, x, weight, silu, counters)
+        launch_few(out, x, weight, bias, silu, counters)
     else:
-        launch_small(out, x, weight, silu)
+        launch_small(out, x, weight, bias, silu)
     return out
 
 
@@ -190,6 +204,6 @@ def linear(
     """x Wᵀ (+ b), for any number of tokens."""
     if order_is_fixed():
         return fixed_linear(x, weight, bias)
-    if bias is None and is_small(x, weight):
-        return small_linear(x, weight, counters=counters)
+    if is_small(x, weight):
+        return small_linear(x, weight, counters=counters, bias=bias)
     return F.linear(x, weight, bias)

@@ -11,8 +11,8 @@ def rope_frequencies(
 ) -> tuple[torch.Tensor, float]:
     """Angles per token of each channel pair, [head_dim / 2], and the factor on cos and sin.
 
-    `scaling` is a checkpoint's: rope_type "default", "linear" or "yarn" (Peng et al. 2023).
-    ValueError for any other.
+    `scaling` is a checkpoint's: rope_type "default", "linear", "yarn" (Peng et al. 2023) or
+    "llama3" (Grattafiori et al. 2024). ValueError for any other.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / theta**exponents
@@ -23,7 +23,17 @@ def rope_frequencies(
         return frequencies / scaling["factor"], 1.0
     if kind == "yarn":
         return yarn_frequencies(frequencies, theta, max_position, scaling)
-    raise ValueError(f"rope_type {kind!r} is not supported: default, linear or yarn")
+    if kind == "llama3":
+        return llama3_frequencies(frequencies, scaling), 1.0
+    raise ValueError(f"rope_type {kind!r} is not supported: default, linear, yarn or llama3")
+
+
+def llama3_frequencies(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:
+    """As they are for pairs that turn often, divided by the factor for slow ones, and a ramp."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * keep + frequencies / scaling["factor"] * (1 - keep)
 
 
 def yarn_frequencies(

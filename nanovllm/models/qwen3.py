@@ -1,5 +1,7 @@
 """Qwen3 (Qwen Team 2025), dense. Parameter names are those of the Hugging Face checkpoints."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -15,16 +17,26 @@ Rotary = tuple[torch.Tensor, torch.Tensor]  # positions, and the table of their 
 
 
 class Qwen3Attention(nn.Module):
-    """Grouped-query attention whose queries and keys are normalised per head before RoPE."""
+    """Grouped-query attention whose queries and keys are normalised per head before RoPE.
 
-    def __init__(self, config: ModelConfig):
+    Other architectures have no norms there, or biases of their own: (of the merged projection, of
+    the last one); None for what config.json says of both.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        has_norms: bool = True,
+        biases: tuple[bool, bool] | None = None,
+    ):
         super().__init__()
-        hidden_size, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        hidden_size, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.qkv_proj = QKVParallelLinear(hidden_size, head_dim, num_heads, num_kv_heads, bias)
-        self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, bias)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        qkv_bias, o_bias = biases or (config.attention_bias, config.attention_bias)
+        self.qkv_proj = QKVParallelLinear(hidden_size, head_dim, num_heads, num_kv_heads, qkv_bias)
+        self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, o_bias)
+        self.q_norm = RMSNorm(head_dim, eps) if has_norms else None
+        self.k_norm = RMSNorm(head_dim, eps) if has_norms else None
         self.attn = Attention(head_dim**-0.5, self.q_norm, self.k_norm)
 
     def forward(self, x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
@@ -35,11 +47,11 @@ class Qwen3Attention(nn.Module):
 class Qwen3MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, bias: bool = False):
         super().__init__()
         sizes = [config.intermediate_size, config.intermediate_size]
-        self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, sizes)
-        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size)
+        self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, sizes, bias)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias)
         self.act_fn = SiluAndMul()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -52,10 +64,14 @@ class Qwen3DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.self_attn = Qwen3Attention(config)
+        self.self_attn = self.make_attention(config)
         self.mlp = self.make_mlp(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def make_attention(self, config: ModelConfig) -> nn.Module:
+        """Attention; other architectures have it without norms, or with other biases."""
+        return Qwen3Attention(config)
 
     def make_mlp(self, config: ModelConfig) -> nn.Module:
         """What follows attention; a mixture of experts has another."""
@@ -71,10 +87,13 @@ class Qwen3DecoderLayer(nn.Module):
         return self.mlp(x), stream
 
 
+MakeLayer = Callable[[ModelConfig, int], nn.Module]  # the layer of that number
+
+
 class Qwen3Model(nn.Module):
     """The stack of layers between the embedding and the logits."""
 
-    def __init__(self, config: ModelConfig, num_positions: int):
+    def __init__(self, config: ModelConfig, num_positions: int, make_layer: MakeLayer):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.rotary_emb = RotaryEmbedding(
@@ -84,7 +103,7 @@ class Qwen3Model(nn.Module):
             config.rope_scaling,
             num_positions,
         )
-        layers = [Qwen3DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        layers = [make_layer(config, index) for index in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -102,10 +121,14 @@ class Qwen3ForCausalLM(nn.Module):
 
     def __init__(self, config: ModelConfig, num_positions: int):
         super().__init__()
-        self.model = Qwen3Model(config, num_positions)
+        self.model = Qwen3Model(config, num_positions, self.make_layer)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
         if config.tie_word_embeddings:
             self.lm_head.tie(self.model.embed_tokens)
+
+    def make_layer(self, config: ModelConfig, index: int) -> nn.Module:
+        """Layer number `index`; other architectures have other layers."""
+        return Qwen3DecoderLayer(config)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """input_ids, positions: [num_tokens] -> hidden states [num_tokens, hidden_size]"""

@@ -48,7 +48,8 @@ class Workers:
 
     def start(self, jobs: Sequence[Job], fds: list[int], num_threads: int = 1) -> None:
         """`fds`: file descriptors that the jobs may use; `num_threads`: of torch's, for each."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+        own = {"OMP_NUM_THREADS": str(num_threads), "TQDM_DISABLE": "1"}  # one bar is enough
+        environment = {**os.environ, **own}
         for rank, job in enumerate(jobs, start=1):
             end, report = os.pipe()
             process = subprocess.Popen(

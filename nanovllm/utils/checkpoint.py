@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nanovllm
 from nanovllm.utils.errors import as_value_error
@@ -50,28 +50,64 @@ def read_json(path: Path) -> dict:
     return content
 
 
-REQUIRED = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+class Architecture(NamedTuple):
+    """How the config.json of an architecture is to be read."""
+
+    model_type: str
+    head_dim: int | None = None  # where none is stated; None: hidden_size / num_attention_heads
+    needs: tuple[str, ...] = ()  # besides what every architecture needs
+    other_names: dict[str, str] = {}  # under which something may be stated -> our name for it
+
+
+ARCHITECTURES = {
+    "Qwen3ForCausalLM": Architecture("qwen3", head_dim=128),
+    "Qwen2ForCausalLM": Architecture("qwen2"),
+    "LlamaForCausalLM": Architecture("llama"),
+    "Qwen3MoeForCausalLM": Architecture(
+        "qwen3_moe",
+        needs=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+        other_names={"num_local_experts": "num_experts"},
+    ),
+}
+
+
+def architecture_of(path: Path, raw: dict) -> Architecture:
+    """The architecture that a config.json names; ValueError for one that is not known."""
+    names, model_type = raw.get("architectures"), raw.get("model_type")
+    if names not in [[name] for name in ARCHITECTURES]:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{path}: architectures is {names!r}, this engine runs one of {known}")
+    kind = ARCHITECTURES[names[0]]
+    if model_type != kind.model_type:
+        raise ValueError(
+            f"{path}: model_type is {model_type!r}, that of {names[0]} is {kind.model_type!r}"
+        )
+    return kind
+
+
 PLAIN = {"use_sliding_window": False, "hidden_act": "silu", "quantization_config": None}
 
 
 def read_shape(folder: Path, cls: type) -> dict[str, Any]:
-    """What config.json says of the dataclass's fields; ValueError for what is not a Qwen3."""
+    """What config.json says of the dataclass's fields; ValueError for what the engine can't run."""
     path = folder / "config.json"
     raw = read_json(path)
     if not raw:
         raise ValueError(f"{folder} has no config.json, or an empty one")
-    for name, required in REQUIRED.items():
-        if raw.get(name) != required:
-            raise ValueError(f"{path}: {name} is {raw.get(name)!r}, this engine runs {required!r}")
+    kind = architecture_of(path, raw)
     for name, value in PLAIN.items():
         if raw.get(name) not in (None, value):
             raise ValueError(f"{path}: {name}={raw[name]!r} is not supported")
     values = {spec.name: raw[spec.name] for spec in fields(cls) if spec.name in raw}
+    values |= {"architecture": raw["architectures"][0]}
+    values |= {name: raw[other] for other, name in kind.other_names.items() if other in raw}
     values.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-    values.setdefault("head_dim", 128)
+    if values.setdefault("head_dim", kind.head_dim) is None:
+        with as_value_error(f"{path} has no head_dim, and hidden_size / num_attention_heads"):
+            values["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
     values |= read_rope(path, raw) | {"eos_token_ids": read_eos(folder, raw)}
     needed = [s.name for s in fields(cls) if s.default is MISSING and s.default_factory is MISSING]
-    if missing := [name for name in needed if name not in values]:
+    if missing := [name for name in (*needed, *kind.needs) if name not in values]:
         raise ValueError(f"{path} does not say {', '.join(map(repr, missing))}")
     return values
 
@@ -99,23 +135,13 @@ def read_eos(folder: Path, raw: dict) -> tuple[int, ...]:
     return tuple(sorted(eos - {None}))
 
 
-ROPE_NUMBERS = (
-    "factor",
-    "original_max_position_embeddings",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-)
-
-
 def check_shape(shape: Any) -> None:
     """ValueError for a model's shape that no model can have."""
     check_options(shape)
     for spec in fields(shape):
         value = getattr(shape, spec.name)
-        if spec.type in (int, float) and value <= 0:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and value <= 0:
             raise ValueError(f"{spec.name} must be greater than 0, got {value}")
     if shape.head_dim % 2:
         raise ValueError(f"head_dim must be even, got {shape.head_dim}")
@@ -124,11 +150,37 @@ def check_shape(shape: Any) -> None:
             f"num_attention_heads must be a multiple of num_key_value_heads="
             f"{shape.num_key_value_heads}, got {shape.num_attention_heads}"
         )
-    scaling = shape.rope_scaling
-    is_linear = scaling.get("rope_type", scaling.get("type")) == "linear"
+    check_rope(shape.rope_scaling)
+
+
+ROPE_NUMBERS = (
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "low_freq_factor",
+    "high_freq_factor",
+)
+ROPE_NEEDS = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+def check_rope(scaling: dict) -> None:
+    """ValueError for a number that is missing, or that is none."""
+    needed = ROPE_NEEDS.get(str(scaling.get("rope_type", scaling.get("type"))), ())
     for name in ROPE_NUMBERS:
-        value = scaling.get(name)
-        if value is None and not (name == "factor" and is_linear):
+        value: Any = scaling.get(name)
+        if value is None and name not in needed:
             continue
         if not matches(value, (float,)) or not 0 < value < math.inf:
             raise ValueError(f"RoPE's {name} must be a number above 0, got {value!r}")

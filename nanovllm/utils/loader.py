@@ -3,11 +3,13 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from threading import RLock
 from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from torch import nn
+from tqdm import tqdm
 
 from nanovllm.utils.checkpoint import read_json
 from nanovllm.utils.errors import as_value_error
@@ -44,19 +46,34 @@ def files_of_tensors(folder: Path) -> dict[str, str]:
     return files
 
 
+LARGE = 2**30  # bytes of a checkpoint
+
+
+class Bar(tqdm):
+    """A bar that is the only one: no lock between processes, and no thread."""
+
+    _lock, monitor_interval = RLock(), 0
+
+
 def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
     """Each tensor of a checkpoint with its name, from the one file that it is to be read from.
 
-    It is a slice, of which only what is indexed is read.
+    It is a slice, of which only what is indexed is read. A progress bar counts those of a large
+    checkpoint; TQDM_DISABLE=1 in the environment keeps it away.
     """
     files = files_of_tensors(folder)
-    for file in sorted(set(files.values())):
-        with as_value_error(f"{folder / file} can't be read"):
-            tensors = safe_open(folder / file, framework="pt")
-        for name in (name for name in files if files[name] == file):
-            with as_value_error(f"{folder / file}: {name} can't be read"):
-                stored = tensors.get_slice(name)
-            yield name, stored
+    with as_value_error(f"{folder} can't be read"):
+        size = sum((folder / file).stat().st_size for file in set(files.values()))
+    hidden = {} if size >= LARGE else {"disable": True}
+    with Bar(total=len(files), desc="Loading", unit="tensor", **hidden) as bar:
+        for file in sorted(set(files.values())):
+            with as_value_error(f"{folder / file} can't be read"):
+                tensors = safe_open(folder / file, framework="pt")
+            for name in (name for name in files if files[name] == file):
+                with as_value_error(f"{folder / file}: {name} can't be read"):
+                    stored = tensors.get_slice(name)
+                yield name, stored
+                bar.update()
 
 
 def check_tied_head(model: nn.Module, stored: Any, folder: Path) -> None:
@@ -117,11 +134,15 @@ def targets(model: Any) -> dict[str, Target]:
         path, _, kind = name.rpartition(".")
         parent, _, merged = path.rpartition(".")
         layer: Any = model.get_submodule(path)
-        parts = {part: index for part, (owner, index) in packed.items() if owner == merged}
-        for part, index in parts.items():
-            found[f"{parent}.{part}.{kind}"] = layer, kind, layer.part(kind, index)
-        if not parts:
-            found[name] = layer, kind, parameter
+        parts = {
+            f"{parent}.{part}.{kind}": layer.part(kind, index)
+            for part, (owner, index) in packed.items()
+            if owner == merged
+        }
+        if hasattr(layer, "stored_parts"):  # one that knows them itself
+            parts = {f"{path}.{part}": memory for part, memory in layer.stored_parts(kind)}
+        for part, memory in (parts or {name: parameter}).items():
+            found[part] = layer, kind, memory
     return found
 
 

@@ -1,4 +1,4 @@
-"""Small random Qwen3 checkpoints, and what transformers makes of them."""
+"""Small random checkpoints, and what transformers makes of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from random import Random
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+import transformers
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 MIN_MARGIN = 1e-4  # between the two likeliest tokens; float32 engines agree to about 1e-5
 
@@ -31,14 +32,17 @@ def save_random(
     edit: dict | None = None,
     drop: tuple[str, ...] = (),
     dtype: torch.dtype = torch.float32,
+    family: str = "Qwen3",
     **save_options,
 ) -> Path:
     """Save a checkpoint whose every parameter is random, norms and biases too.
 
-    `shape` overrides SMALL. Afterwards config.json loses the keys in `drop` and takes those of
-    `edit`, as a hand or an older library would have written them.
+    `shape` overrides SMALL; `family` is how transformers begins the names of its classes.
+    Afterwards config.json loses the keys in `drop` and takes those of `edit`, as a hand or an older
+    library would have written them.
     """
-    model = Qwen3ForCausalLM(Qwen3Config(**SMALL | (shape or {})))
+    config = getattr(transformers, f"{family}Config")(**SMALL | (shape or {}))
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(0)
 
     def normal(like: torch.Tensor) -> torch.Tensor:
@@ -54,13 +58,20 @@ def save_random(
             elif name.startswith(("model.embed_tokens", "lm_head")):
                 weight.copy_(normal(weight))
             else:
-                weight.copy_(normal(weight) * 1.5 * weight.shape[1] ** -0.5)
+                weight.copy_(normal(weight) * 1.5 * weight.shape[-1] ** -0.5)
     model.to(dtype).save_pretrained(folder, **save_options)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config = {key: value for key, value in config.items() if key not in drop} | (edit or {})
     path.write_text(json.dumps(config))
     return folder
+
+
+def supported(families: dict[str, dict]) -> list[tuple[str, dict]]:
+    """Those of the families, with a shape for each, that the package under test runs."""
+    from nanovllm.models import MODELS
+
+    return [(name, shape) for name, shape in families.items() if f"{name}ForCausalLM" in MODELS]
 
 
 def random_prompts(lengths: tuple[int, ...], vocab_size: int, seed: int = 0) -> list[list[int]]:
@@ -70,7 +81,7 @@ def random_prompts(lengths: tuple[int, ...], vocab_size: int, seed: int = 0) -> 
 
 
 @lru_cache(maxsize=4)
-def reference_model(folder: Path) -> Qwen3ForCausalLM:
+def reference_model(folder: Path) -> torch.nn.Module:
     """The checkpoint in transformers, on the CPU in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 

@@ -229,12 +229,12 @@ BREAKAGES = {
     "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "missing field": (lambda f: edit_config(f, drop="hidden_size"), "hidden_size"),
     "another architecture": (
-        lambda f: edit_config(f, architectures=["LlamaForCausalLM"], model_type="llama"),
-        "LlamaForCausalLM.*Qwen3ForCausalLM",
+        lambda f: edit_config(f, architectures=["GemmaForCausalLM"], model_type="gemma"),
+        "GemmaForCausalLM.*Qwen3ForCausalLM",
     ),
     "unknown rope": (
-        lambda f: edit_config(f, rope_parameters={"rope_theta": 1e4, "rope_type": "llama3"}),
-        "llama3",
+        lambda f: edit_config(f, rope_parameters={"rope_theta": 1e4, "rope_type": "longrope"}),
+        "longrope",
     ),
     "sliding window": (lambda f: edit_config(f, use_sliding_window=True), "sliding_window"),
     "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(NORM)), NORM),
@@ -262,9 +262,9 @@ BREAKAGES = {
         "generation_config.json.*not valid JSON",
     ),
     "another activation": (lambda f: edit_config(f, hidden_act="gelu"), "gelu"),
-    "mixture of experts": (
-        lambda f: edit_config(f, architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe"),
-        "Qwen3MoeForCausalLM",
+    "two architectures": (
+        lambda f: edit_config(f, architectures=["Qwen3ForCausalLM", "Qwen3ForCausalLM"]),
+        "architectures",
     ),
     "integers": (
         lambda f: edit_tensors(f, lambda t: t.update({NORM: t[NORM].to(torch.int8)})),
@@ -309,6 +309,7 @@ for rope, named in (
     ({"rope_theta": -1.0}, "rope_theta"),
     ({"rope_type": "linear"}, "factor"),
     ({"rope_type": "linear", "factor": "2"}, "factor"),
+    ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, "original_max_position"),
     ({"rope_type": "yarn", "factor": 0}, "factor"),
     ({"rope_type": "yarn", "factor": 2, "beta_fast": [32]}, "beta_fast"),
 ):

@@ -16,6 +16,13 @@ SCALINGS = {
     "linear": dict(rope_type="linear", factor=4.0),
     "yarn": YARN,
     "yarn, edges not rounded": YARN | dict(truncate=False),
+    "llama3": dict(
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
 }
 # The largest angle is 131,071 rad, where the numbers of float32 are 1/128 apart: two products
 # that round differently are as far apart, and YaRN's factor on the cosine is 1.14.

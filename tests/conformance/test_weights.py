@@ -1,8 +1,12 @@
 """Which file a tensor is read from, and what is said about tensors that are not used."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,10 @@ from device import build
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import nanovllm
 from nanovllm.layers.linear import RowParallelLinear
+from nanovllm.utils import loader
+from nanovllm.utils.loader import checkpoint_tensors
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -143,3 +150,46 @@ def test_a_layer_says_what_of_a_stored_tensor_it_takes(monkeypatch, folder, tens
     }
     assert len(swapped) == 2 * SMALL["num_hidden_layers"]
     assert same(loaded(folder, [*swapped, NORM]), tensors | swapped)
+
+
+def test_a_large_checkpoint_shows_how_far_it_is_read_and_a_small_one_does_not(
+    folder, monkeypatch, capfd
+):
+    build(folder)
+    assert "Loading" not in capfd.readouterr().err
+    monkeypatch.setattr(loader, "LARGE", 1000)
+    build(folder)
+    assert "Loading" in capfd.readouterr().err
+
+
+def test_who_loads_makes_no_lock_between_processes(folder):
+    """A process that was spawned has its locks tracked, and their tracker outlives it."""
+    code = (
+        "from nanovllm.utils import loader; from pathlib import Path; import multiprocessing, sys; "
+        "from multiprocessing import resource_tracker; loader.LARGE = 1000; "
+        "multiprocessing.set_start_method('spawn'); "
+        "print(len(list(loader.checkpoint_tensors(Path(sys.argv[1])))), "
+        "resource_tracker._resource_tracker._pid)"
+    )
+    package = str(Path(nanovllm.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        env={**os.environ, "PYTHONPATH": package},
+        capture_output=True,
+        text=True,
+    )
+    number, tracker = done.stdout.split()
+    assert int(number) > 0 and tracker == "None" and "Loading" in done.stderr
+
+
+def test_what_a_layer_takes_is_not_in_memory_before_it_is_copied(folder):
+    """A stored tensor is the file's pages: what is written to the file shows in it."""
+    _, stored = next(checkpoint_tensors(folder))
+    taken = stored[...]
+    before, path = taken.clone(), folder / "model.safetensors"
+    content = path.read_bytes()
+    at = content.index(before.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(bytes(4))
+    assert before.view(-1)[0] != 0 and taken.view(-1)[0] == 0

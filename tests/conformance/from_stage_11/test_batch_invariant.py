@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from checkpoints import random_prompts, save_random
+from checkpoints import random_prompts, save_random, supported
 from device import ON_GPU, build
 
 from nanovllm import LLM, SamplingParams
@@ -20,6 +20,10 @@ from nanovllm.kernels.jit import interpreted
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 SHAPE = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=64)
+FAMILIES = {
+    "Qwen3": SHAPE,
+    "Qwen3Moe": SHAPE | dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24),
+}
 LENGTHS = (3, 40, 1, 70, 17, 9) if ON_GPU else (13, 20, 14, 9)
 PROMPTS = random_prompts(LENGTHS, 64, seed=110)
 PROMPTS[-1] = PROMPTS[1][:16] + PROMPTS[-1][:2]  # a prefix that can be found
@@ -38,9 +42,10 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_random(tmp_path_factory.mktemp("invariant"), SHAPE)
+@pytest.fixture(scope="module", params=supported(FAMILIES), ids=lambda param: param[0])
+def folder(request, tmp_path_factory):
+    family, shape = request.param
+    return save_random(tmp_path_factory.mktemp("invariant"), shape, family=family)
 
 
 def told(folder, dtype: str, **options) -> list:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import SMALL, random_prompts, save_random
+from checkpoints import SMALL, random_prompts, save_random, supported
 from device import ON_GPU
 
 import nanovllm
@@ -32,11 +32,19 @@ STYLES = [
 PARAMS = [dict(style, max_tokens=n, ignore_eos=True) for style, n in zip(STYLES, (4, 6, 2, 3, 1))]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+SHAPE = dict(attention_bias=True, num_attention_heads=4, num_key_value_heads=2)
+FAMILIES = {
+    "Qwen3": SHAPE,
+    "Qwen2": SHAPE,
+    "Qwen3Moe": SHAPE | dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24),
+}
+
+
+@pytest.fixture(scope="module", params=supported(FAMILIES), ids=lambda param: param[0])
+def folder(request, tmp_path_factory):
     """A random model of two layers, with groups of query heads and biases."""
-    shape = dict(attention_bias=True, num_attention_heads=4, num_key_value_heads=2)
-    return save_random(tmp_path_factory.mktemp("interpreted"), shape)
+    family, shape = request.param
+    return save_random(tmp_path_factory.mktemp("interpreted"), shape, family=family)
 
 
 def through_kernels(model: Path, calls: list, **options) -> dict:

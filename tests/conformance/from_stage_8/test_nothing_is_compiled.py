@@ -8,7 +8,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from checkpoints import random_prompts, save_random
+from checkpoints import random_prompts, save_random, supported
 from compile_keys import compiling
 from device import ON_GPU, offered
 from replaying import record
@@ -25,11 +25,18 @@ VOCAB = 320
 FIXED = [fixed] if (fixed := offered(batch_invariant=True)) else []  # where there is the option
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+SHAPE = dict(num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+FAMILIES = {
+    "Qwen3": SHAPE,
+    "Qwen3Moe": SHAPE | dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24),
+}
+
+
+@pytest.fixture(scope="module", params=supported(FAMILIES), ids=lambda param: param[0])
+def folder(request, tmp_path_factory):
     """One layer, with groups of query heads and a head that is a matrix of its own."""
-    shape = dict(num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4, head_dim=16)
-    return save_random(tmp_path_factory.mktemp("keys"), shape)
+    family, shape = request.param
+    return save_random(tmp_path_factory.mktemp("keys"), shape, family=family)
 
 
 def warmed_up(folder, is_recorded: bool, **options) -> LLM:
