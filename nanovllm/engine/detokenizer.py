@@ -103,10 +103,10 @@ class Detokenizer:
         At once where each byte of them belongs to a character, else one by one.
         """
         found = [token_id for token_id in token_ids if self.has_text(token_id)]
-        read, text = self.decode(self.window[: self.num_read]), self.decode(self.window + found)
-        if len(found) < 2 or UNFINISHED in read + text:
-            for token_id in found:
-                self.append(token_id)
-        else:
-            self.window += found
-            self.read(len(self.window))
+        if len(found) > 1 and type(self.tokenizer.decoder).__name__ == "ByteLevel":
+            read, text = self.decode(self.window[: self.num_read]), self.decode(self.window + found)
+            if UNFINISHED not in read + text:
+                self.window += found
+                return self.read(len(self.window))
+        for token_id in found:
+            self.append(token_id)
