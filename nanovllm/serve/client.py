@@ -107,14 +107,17 @@ class EngineClient:
         if len(self.answers) + num > self.max_open:
             raise Busy(f"{len(self.answers)} requests are open, and {self.max_open} may be")
 
-    def submit(self, seqs: list[Sequence]) -> list[Answer]:
-        """Ask for requests that belong together; Busy where there are too many already."""
+    def submit(self, seqs: list[Sequence], whole: bool = False) -> list[Answer]:
+        """Ask for requests that belong together; Busy where there are too many already.
+
+        `whole` ones bring one piece, at their end.
+        """
         self.check_room(len(seqs))  # once more: others may have come while these were made
         has_news, tokenizer = asyncio.Event(), self.about.tokenizer
         answers = [Answer(next(self.keys), seq, tokenizer, has_news) for seq in seqs]
         for answer in answers:
             self.answers[answer.key] = answer
-            self.asks.put(Ask(answer.key, answer.prompt, answer.params))
+            self.asks.put(Ask(answer.key, answer.prompt, answer.params, whole))
         return answers
 
     def leave(self, answers: list[Answer]) -> None:

@@ -18,6 +18,7 @@ class Ask(NamedTuple):
     key: int  # the asker's name for it
     token_ids: list[int] = []
     params: SamplingParams | None = None
+    whole: bool = False  # nobody reads along: it is told once, at its end
 
 
 class News(NamedTuple):
@@ -85,7 +86,7 @@ class EngineLoop:
         """Queue a request; one that does not fit this engine ends at once."""
         try:
             seq = self.llm.make_sequence(ask.token_ids, ask.params)
-            seq.unread = deque()
+            seq.unread = None if ask.whole else deque()
             self.seqs[ask.key], self.keys[seq.seq_id] = self.llm.add(seq), ask.key
         except Exception as error:
             self.untold.append(tuple(News(ask.key, [], [], "error", str(error))))
@@ -108,17 +109,19 @@ class EngineLoop:
 
     def tell(self, grown: list[Sequence]) -> None:
         """Send what is new of these sequences, in one message; where there is no room, later."""
-        self.untold += [tuple(self.news_of(seq)) for seq in grown if seq.seq_id in self.keys]
+        for seq in grown:
+            if seq.seq_id in self.keys and (seq.unread is not None or seq.is_finished):
+                self.untold.append(tuple(self.news_of(seq)))
         if not self.seqs or self.room.poll(0):
             self.pipe.send((self.untold, tuple(self.load())))
             self.untold = []
 
     def news_of(self, seq: Sequence) -> News:
         """What is new of a sequence: as a rule one token."""
-        key, params, unread = self.keys[seq.seq_id], seq.params, seq.unread or ()
-        new = list(unread)
-        if unread:
-            unread.clear()
+        key, params = self.keys[seq.seq_id], seq.params
+        new = list(seq.completion_token_ids if seq.unread is None else seq.unread)
+        if seq.unread is not None:
+            seq.unread.clear()
         logprobs = seq.logprobs[-len(new) :] if new and params.logprobs is not None else []
         if not seq.is_finished:
             return News(key, new, logprobs)

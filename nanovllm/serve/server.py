@@ -50,7 +50,8 @@ class Server:
             raise ValueError("echo with logprobs is not streamed: they come at the end")
         prompts = prompts_of(body)
         self.client.check_room(len(prompts) * (body.n or 1))
-        answers = self.client.submit(await self.built(request, body, build))
+        seqs = await self.built(request, body, build)
+        answers = self.client.submit(seqs, whole=not body.stream)
         call = CompletionCall(self.client, answers, self.model, body)
         return await self.answer(request, call, bool(body.stream))
 
@@ -63,7 +64,8 @@ class Server:
             return list(sequences_of([prompt], params, body.n or 1, self.client.about))
 
         self.client.check_room(body.n or 1)
-        answers = self.client.submit(await self.built(request, body, build))
+        seqs = await self.built(request, body, build)
+        answers = self.client.submit(seqs, whole=not body.stream)
         in_thought = ends_in_thought(self.client.about.tokenizer, answers[0].prompt)
         call = ChatCall(self.client, answers, self.model, body, in_thought)
         return await self.answer(request, call, bool(body.stream))

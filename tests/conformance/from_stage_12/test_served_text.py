@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from itertools import count
 from pathlib import Path
 from random import Random
 
@@ -10,7 +12,11 @@ from scripted import SPECIAL, VOCAB, byte_fallback_tokenizer, tokens
 from transformers import AutoTokenizer
 
 import nanovllm
+from nanovllm import SamplingParams
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.requests import make_sequence
+from nanovllm.serve.client import EngineClient, pieces
+from nanovllm.serve.engine_process import in_thread
 
 TEXTS = "a", " ", "ñ", "€", "🙂", "ab", "xyz", " a", "漢", "once upon"
 BYTES = b"\xc3\xb1\xe2\x82\xac\xf0\x9f\x99\x82\xff\x20\x61"
@@ -61,3 +67,30 @@ def test_pieces_of_any_size_join_to_one_text_whatever_the_bytes(kind, broken, st
         assert found + reader.take_ready() == text, (line, stop)
         decoded += length
     assert decoded > 1000
+
+
+def test_who_wants_the_whole_reply_is_told_once(llm):
+    """The same text, tokens and log-probabilities as piece by piece, and of a lost one its end."""
+    params = SamplingParams(temperature=0, max_tokens=20, logprobs=2, ignore_eos=True)
+
+    async def told(whole: bool) -> tuple[int, list, str]:
+        about, texts = client.about, ("Once upon a time", "A fox")
+        news.clear()
+        seqs = [make_sequence(count(), x, params, about.tokenizer, about.limits) for x in texts]
+        found = [[], []]
+        async for index, piece in pieces(client.submit(seqs, whole)):
+            found[index].append(piece)
+        assert [found[i][-1]["finish_reason"] for i in (0, 1)] == ["length", "length"]
+        join = [(sum((p[k] for p in f), [])) for f in found for k in ("token_ids", "logprobs")]
+        return len(news), join, ["".join(p["text"] for p in f) for f in found]
+
+    async def both() -> None:
+        client.start()
+        (many, *streamed), (few, *whole) = await told(False), await told(True)
+        assert streamed == whole and few == 2 < 30 < many
+        client.close()
+
+    news: list = []
+    client = EngineClient(in_thread(llm))
+    client.on_news = news.extend
+    asyncio.run(both())
