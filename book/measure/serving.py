@@ -97,8 +97,8 @@ async def stream(port: int, body: dict, due: float, start: float) -> Seen:
     pieces, end = [], b""
     while b"[DONE]" not in end:
         data = await reader.read(65536)
-        if not data:
-            raise RuntimeError(f"the stream broke off: {end!r}")
+        if not data or b'"error"' in data:
+            raise RuntimeError(f"the stream broke off: {data or end!r}")
         if b'"text"' in data:
             pieces.append(time.monotonic() - start)
         end = (end + data)[-200:]

@@ -1,6 +1,7 @@
 """The other end of the pipe: requests of an event loop, and what has come of them."""
 
 import asyncio
+import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from itertools import count
@@ -96,6 +97,7 @@ class EngineClient:
         """Begin to send and to receive; in the event loop that the answers are read in."""
         self.loop = asyncio.get_running_loop()
         self.loop.add_reader(self.pipe.fileno(), self.receive)
+        os.set_blocking(self.pipe.fileno(), True)  # uvloop thinks otherwise; messages come in parts
         Thread(target=self.send, name="asks", daemon=True).start()
 
     def check_room(self, num: int) -> None:

@@ -1,0 +1,59 @@
+"""The pipe between server and engine carries messages of any size, whatever loop waits at it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from itertools import count
+from multiprocessing import Pipe
+from threading import Thread
+
+import pytest
+import uvloop
+
+from nanovllm import SamplingParams
+from nanovllm.engine.requests import make_sequence
+from nanovllm.serve.client import EngineClient, pieces
+from nanovllm.serve.engine_loop import Load, News
+from nanovllm.serve.engine_process import About, about
+
+LARGE = 400_000  # tokens: more bytes than a socket takes at once
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_large_messages_pass_both_ways_whoever_is_slow(llm, loop):
+    """The engine's end begins to read late, and answers with what the other end must wait for."""
+    ours, theirs = Pipe()
+    known = about(llm)
+    theirs.send(About(known.model, None, known.limits, {}))  # no text is asked for
+    asked = []
+
+    def engine() -> None:
+        time.sleep(0.5)  # it is in a step
+        while len(asked) < 2:
+            asked.extend(ask for ask in theirs.recv() if ask is not None)
+        for ask in asked:
+            told = tuple(News(ask.key, [7] * LARGE, [], "length"))
+            theirs.send(([told], tuple(Load())))
+
+    async def ask() -> list[int]:
+        client.start()
+        params = SamplingParams(max_tokens=1)
+        seqs = [make_sequence(count(), [7], params, None, known.limits) for _ in range(2)]
+        for seq in seqs:
+            seq.token_ids = [7] * LARGE
+        found = [0, 0]
+        async for index, piece in pieces(client.submit(seqs)):
+            found[index] += len(piece["token_ids"])
+        assert client.is_alive
+        client.close()
+        return found
+
+    client = EngineClient(ours)
+    thread = Thread(target=engine, daemon=True)
+    thread.start()
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        assert runner.run(asyncio.wait_for(ask(), 60)) == [LARGE, LARGE]
+    thread.join(10)
+    assert [len(ask.token_ids) for ask in asked] == [LARGE, LARGE]
