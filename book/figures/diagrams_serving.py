@@ -55,14 +55,14 @@ def batch(height: int = 300) -> Axes:
     box(ax, 586, 176, 108, 56, "OUT.jsonl", KEPT, "in order", size=SMALL)
     arrow(ax, (357, 98), (357, 174))
     label(ax, 366, 138, "note", SMALL, SOFT, ha="left")
-    arrow(ax, (230, 98), (290, 174))
-    label(ax, 246, 138, "faulty lines", SMALL, SOFT, ha="right")
-    arrow(ax, (254, 204), (178, 98))
-    label(ax, 196, 190, "is it there?", SMALL, SOFT, ha="right")
+    arrow(ax, (236, 98), (282, 174))
+    label(ax, 262, 120, "faulty lines", SMALL, SOFT, ha="left")
+    arrow(ax, (254, 204), (160, 98))
+    label(ax, 190, 158, "is it there?", SMALL, SOFT, ha="right")
     arrow(ax, (460, 204), (584, 204))
     label(ax, 522, 190, "publish", SMALL, SOFT)
     label(ax, 357, 262, "only grows; the next run reads it first", SMALL, SOFT)
-    label(ax, 640, 262, "once all are there", SMALL, SOFT)
+    label(ax, 694, 262, "once all are there", SMALL, SOFT, ha="right")
     return ax
 
 
