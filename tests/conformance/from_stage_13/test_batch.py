@@ -259,7 +259,7 @@ def test_whether_a_name_is_taken_is_seen_anew_in_each_run(llm, tmp_path):
             noted(row, reply_of(row, 200, {"choices": []}))
         journal.close()
         source, journal = write(tmp_path / "in.jsonl", after), Journal(tmp_path / "journal")
-        asked = [row for row in unanswered(lines_of(source, "model"), journal, note_in(journal))]
+        asked = list(unanswered(lines_of(source, "model"), journal, note_in(journal)))
         told = [row.line.number for row in asked]
         assert told == ([1, 3] if after is edited else [1])
         for row in asked:
