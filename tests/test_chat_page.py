@@ -275,14 +275,7 @@ class Page:
         ]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
-        width, height = SIZES[size]
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=size == "phone",
-        )
+        self.resize(*SIZES[size], mobile=size == "phone")
         scheme = {"name": "prefers-color-scheme", "value": theme}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.addScriptToEvaluateOnNewDocument", source=before)
@@ -291,6 +284,10 @@ class Page:
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         return self.browser.call(method, self.session, **params)
+
+    def resize(self, width: int, height: int, *, mobile: bool) -> None:
+        size = {"width": width, "height": height, "mobile": mobile}
+        self.call("Emulation.setDeviceMetricsOverride", deviceScaleFactor=1, **size)
 
     def see(self, expression: str) -> Any:
         """What an expression is in the page."""
@@ -729,16 +726,35 @@ def test_end_is_followed_only_from_the_end(open_page):
     log = "document.getElementById('log')"
     left = f"({log}.scrollHeight - {log}.scrollTop - {log}.clientHeight)"
     page.see(more)
-    page.wait(f"{log}.scrollTop > 300")
-    assert page.see(left) < 2
+    page.wait(f"{log}.scrollTop > 300 && {left} < 2")
     page.see(f"{log}.scrollTop = 100")
     page.see(more)
     page.wait(f"{left} > 1600")
     assert page.see(f"{log}.scrollTop") == 100
     page.click("#latest")
     page.see(more)
-    page.wait(f"{log}.scrollTop > 3000")
-    assert page.see(left) < 2 and not page.is_shown("#latest")
+    page.wait(f"{log}.scrollTop > 3000 && {left} < 2")
+    assert not page.is_shown("#latest")
+
+
+def test_end_stays_in_sight_where_the_room_gets_smaller_and_a_place_stays_a_place(open_page):
+    page = open_page("phone", before=WITH_KEY + BY_HAND)
+    width, height = SIZES["phone"]
+    log = "document.getElementById('log')"
+    left = f"({log}.scrollHeight - {log}.scrollTop - {log}.clientHeight)"
+    page.say("Hello")
+    page.see("tell({ content: 'line\\n'.repeat(60) })")
+    page.wait(f"{log}.scrollTop > 300 && {left} < 2")
+    for smaller in (200, 400, 0):  # a phone's keyboard, then a taller one, then none
+        page.resize(width, height - smaller, mobile=True)
+        page.wait(f"innerHeight === {height - smaller} && {left} < 2")
+    page.see(f"{log}.scrollTop = 100")
+    page.wait("document.getElementById('latest').checkVisibility()")
+    page.resize(width, height - 200, mobile=True)
+    page.wait(f"innerHeight === {height - 200}")
+    assert (
+        page.see(f"new Promise(done => requestAnimationFrame(() => done({log}.scrollTop)))") == 100
+    )
 
 
 def test_new_chat_forgets_an_answer_that_is_coming(open_page):
