@@ -108,8 +108,16 @@ class Server:
 
     async def health(self) -> Response:
         """200 while the engine steps; 503 when its last step failed, or it has ended."""
-        failure = self.client.load.failure
+        try:
+            failure = (await self.client.report()).failure
+        except RuntimeError as error:
+            failure = str(error)
         return reply_json({"status": "ok"}) if failure is None else refusal(503, failure)
+
+    async def metrics(self) -> Response:
+        """What the engine has counted, in Prometheus's text format."""
+        text = (await self.client.report()).metrics
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def tokenize(self, body: TokenizeRequest) -> Response:
         """The token ids of a text, or of a conversation."""
