@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nanovllm.serve.batch_desk import Desk, Note, drain, width_of
-from nanovllm.serve.batch_file import Journal, Line, is_answered_by, lines_of, num_lines
+from nanovllm.serve.batch_file import Journal, Line, is_answered_by, lines_of, num_lines, repeated
 from nanovllm.serve.batch_rows import Reply, Row, reply_of, row_of
 from nanovllm.serve.calls import error_body
 from nanovllm.serve.client import EngineClient
@@ -24,10 +24,11 @@ from nanovllm.utils.errors import of_extra
 def unanswered(lines: Iterator[Line], journal: Journal, note: Note) -> Iterator[Row]:
     """The rows that an engine is to answer; those with faults are answered on the way."""
     for line in lines:
-        row, is_there = row_of(line), journal.find(line) is not None
+        row = row_of(line)
         if row.custom_id is not None and not journal.take_id(row.custom_id):
-            row = row._replace(fault=f"custom_id {row.custom_id[:80]!r} is that of a line before")
-        if is_there:
+            fault = f"custom_id {row.custom_id[:80]!r} is that of a line before"
+            row = row._replace(line=repeated(row.line), fault=fault)
+        if journal.find(row.line) is not None:
             continue
         if row.fault is None:
             yield row
@@ -63,17 +64,17 @@ def run_batch(source: Path, target: Path, options: dict[str, Any], config: Batch
     if not source.is_file():
         raise ValueError(f"{source} is no file")
     count, total = Counter(new=0, errors=0), num_lines(source)
-    if not target.exists():
-        journal = Journal(path)
-        try:
+    journal = Journal(path)  # nobody else has it until it is closed
+    try:
+        if not target.exists():
             answer_all(lines_of(source, model), journal, total, options, config, count)
             journal.publish(lines_of(source, model), target)
-        finally:
-            journal.close()
-    elif is_answered_by(lines_of(source, model), target):
-        path.unlink(missing_ok=True)
-    else:
-        raise ValueError(f"{target} is there already, and answers something else: remove it")
+        elif is_answered_by(lines_of(source, model), target):
+            path.unlink()
+        else:
+            raise ValueError(f"{target} is there already, and answers something else: remove it")
+    finally:
+        journal.close()
     new, errors = count["new"], count["errors"]
     told = f"{total - new:,} were there, {new:,} are new, {errors:,} of these tell an error"
     print(f"[{total:,} rows: {told}]", file=sys.stderr)

@@ -55,6 +55,7 @@ class Desk:
             told.append(message)
 
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        headers.append((b"content-length", str(len(body)).encode()))
         scope: dict[str, Any] = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1"}
         scope |= {"method": "POST", "scheme": "http", "path": url, "raw_path": url.encode()}
         scope |= {"query_string": b"", "root_path": "", "headers": headers}

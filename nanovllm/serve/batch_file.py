@@ -37,6 +37,11 @@ def lines_of(path: Path, model: str) -> Iterator[Line]:
                 yield Line(number, f"batch_req_{digest.hexdigest()}", text)
 
 
+def repeated(line: Line) -> Line:
+    """A line whose custom_id a line before it has: what answers it has another name."""
+    return line._replace(name=line.name.replace("batch_req_", "batch_dup_"))
+
+
 def num_lines(path: Path) -> int:
     """How many lines are not empty."""
     return sum(1 for _ in lines_of(path, ""))
@@ -106,7 +111,7 @@ class Journal:
         new = target.with_name(target.name + ".new")
         with open(new, "wb") as file:
             for line in lines:
-                if (place := self.find(line)) is None:
+                if (place := self.find(line) or self.find(repeated(line))) is None:
                     raise RuntimeError(f"line {line.number} has changed while it was answered")
                 self.file.seek(place[0])
                 file.write(self.file.read(place[1]) + b"\n")
@@ -128,8 +133,9 @@ def is_answered_by(lines: Iterator[Line], target: Path) -> bool:
     """Does a result answer these very lines, all of them in their order?"""
     with open(target, "rb") as file:
         for line in lines:
-            start = f'{{"id": "{line.name}"'.encode()
-            if not file.readline().startswith(start):
+            names = line.name, repeated(line).name
+            starts = tuple(f'{{"id": "{name}"'.encode() for name in names)
+            if not file.readline().startswith(starts):
                 return False
         return not file.readline()
 

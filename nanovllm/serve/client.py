@@ -99,7 +99,7 @@ class EngineClient:
         """Begin to send and to receive; in the event loop that the answers are read in."""
         self.loop = asyncio.get_running_loop()
         self.loop.add_reader(self.pipe.fileno(), self.receive)
-        os.set_blocking(self.pipe.fileno(), True)  # uvloop thinks otherwise; messages come in parts
+        os.set_blocking(self.pipe.fileno(), True)  # uvloop has changed it; `recv` needs it
         Thread(target=self.send, name="asks", daemon=True).start()
 
     def check_room(self, num: int) -> None:

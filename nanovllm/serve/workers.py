@@ -79,10 +79,10 @@ class Pool:
 
     def __init__(self, workers: list[Any], depth: int):
         self.workers, self.num_answered = workers, 0
-        self.free: asyncio.Queue[int] = asyncio.Queue()  # a worker's number, once for each token
+        self.free: asyncio.Queue[int] = asyncio.Queue()  # a worker's number, once for each permit
         for number in list(range(len(workers))) * depth:
             self.free.put_nowait(number)
-        self.lost: dict[int, int] = {}  # workers that are away -> their tokens that came back
+        self.lost: dict[int, int] = {}  # workers that are away -> their permits that came back
         self.tasks: set[asyncio.Task] = set()
 
     async def begin(self) -> None:
@@ -94,7 +94,7 @@ class Pool:
             raise RuntimeError(f"a worker could not be started: {reason}") from error
 
     async def bring_back(self, number: int) -> None:
-        """Free a worker's tokens once it is there again."""
+        """Free a worker's permits once it is there again."""
         while True:
             try:
                 await self.workers[number].begin.remote()
@@ -105,7 +105,7 @@ class Pool:
             self.free.put_nowait(number)
 
     def lose(self, number: int) -> None:
-        """A token of a worker that is away has come back."""
+        """A permit of a worker that is away has come back."""
         if number not in self.lost:
             self.lost[number] = 0
             self.tasks.add(task := asyncio.create_task(self.bring_back(number)))

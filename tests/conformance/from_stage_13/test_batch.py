@@ -26,10 +26,10 @@ from batch_files import (
 
 from nanovllm import SamplingParams
 from nanovllm.serve import batch, batch_file, batch_rows
-from nanovllm.serve.batch import run_batch
+from nanovllm.serve.batch import run_batch, unanswered
 from nanovllm.serve.batch_desk import drain
-from nanovllm.serve.batch_file import Journal, Line, lines_of
-from nanovllm.serve.batch_rows import Reply, Row
+from nanovllm.serve.batch_file import Journal, Line, is_answered_by, lines_of
+from nanovllm.serve.batch_rows import Reply, Row, reply_of
 from nanovllm.serve.engine_process import in_thread
 from nanovllm.serve.settings import BatchConfig
 
@@ -167,8 +167,8 @@ def test_no_more_rows_are_read_than_are_under_way():
 def test_the_engine_never_has_more_than_twice_what_it_may_run(run, monkeypatch):
     opened, submit = [], batch.EngineClient.submit
 
-    def counting(client, seqs):
-        answers = submit(client, seqs)
+    def counting(client, seqs, whole):
+        answers = submit(client, seqs, whole)
         opened.append(len(client.answers))
         return answers
 
@@ -248,6 +248,44 @@ def test_a_row_answers_no_line_that_has_changed_since(tmp_path):
     others = lines_of(tmp_path / "in.jsonl", "another model")
     assert not any(journal.find(line) for line in others)
     journal.close()
+
+
+def test_whether_a_name_is_taken_is_seen_anew_in_each_run(llm, tmp_path):
+    """The line before one that repeats its custom_id is edited, and so it repeats none any more."""
+    lines, edited = [question(1), question(2), question(1)], [question(3), question(2), question(1)]
+    for before, after in ((lines, edited), (edited, lines)):
+        source, journal = write(tmp_path / "in.jsonl", before), Journal(tmp_path / "journal")
+        for row in unanswered(lines_of(source, "model"), journal, noted := note_in(journal)):
+            noted(row, reply_of(row, 200, {"choices": []}))
+        journal.close()
+        source, journal = write(tmp_path / "in.jsonl", after), Journal(tmp_path / "journal")
+        asked = list(unanswered(lines_of(source, "model"), journal, note_in(journal)))
+        told = [row.line.number for row in asked]
+        assert told == ([1, 3] if after is edited else [1])
+        for row in asked:
+            note_in(journal)(row, reply_of(row, 200, {"choices": []}))
+        journal.publish(lines_of(source, "model"), tmp_path / "out")
+        journal.close()
+        rows = rows_of(tmp_path / "out")
+        assert [row["custom_id"] for row in rows] == [line["custom_id"] for line in after]
+        statuses = [row["response"]["status_code"] for row in rows]
+        assert statuses == ([200, 200, 200] if after is edited else [200, 200, 400])
+        assert is_answered_by(lines_of(source, "model"), tmp_path / "out")
+
+
+def note_in(journal):
+    """What puts a reply into a journal."""
+    return lambda row, reply: journal.add(row.line, reply.text)
+
+
+def test_a_run_looks_at_nothing_before_it_has_the_lock(tmp_path, run):
+    """Another one may be about to publish what this one would answer again."""
+    run([question(1)])
+    journal = Journal(journal_of(tmp_path / "out.jsonl"))
+    with pytest.raises(RuntimeError, match="another run"):
+        run([question(1)])
+    journal.close()
+    assert len(run([question(1)])) == 1 and not journal_of(tmp_path / "out.jsonl").exists()
 
 
 def test_two_runs_do_not_write_one_result(tmp_path, run):
