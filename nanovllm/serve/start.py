@@ -50,10 +50,10 @@ def serve(options: dict[str, Any], config: ServeConfig) -> None:
         server.others = others
         with signals_end_it():
             server.run(sockets=doors[:1])
-        if server.has_lost_one or server.client.is_lost:
-            raise RuntimeError(
-                "a process that speaks HTTP has ended" if server.has_lost_one else ENDED
-            )
+        if server.client.is_lost:
+            raise RuntimeError(ENDED)
+        if server.has_lost_one:
+            raise RuntimeError("a process that speaks HTTP has ended")
     finally:
         pipes[0].close()  # the engine ends, if nobody has told it to
         for process in (*others, engine):
@@ -143,10 +143,9 @@ class Listening(uvicorn.Server):
         parent = multiprocessing.parent_process()
         for process in self.others if parent is None else [parent]:
             asyncio.get_running_loop().add_reader(process.sentinel, self.lose, process)
-        for door in (door for server in self.servers for door in server.sockets):
-            host, port = door.getsockname()[:2]
-            if parent is None:
-                print(f"nanovllm: serving at http://{host}:{port}", file=sys.stderr, flush=True)
+        if parent is None:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            print(f"nanovllm: serving at http://{host}:{port}", file=sys.stderr, flush=True)
 
     def lose(self, process: Any) -> None:
         """Another process has ended: the one that has started this one, or one beside it."""
@@ -166,7 +165,6 @@ class Listening(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Let those inside finish, here and beside."""
         await super().shutdown(sockets)
         while any(process.is_alive() for process in self.others) and not self.force_exit:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # those inside may finish, beside as here
