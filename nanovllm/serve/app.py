@@ -13,7 +13,7 @@ from starlette.responses import Response
 from nanovllm.serve.client import Busy, EngineClient
 from nanovllm.serve.guards import Guard, refusal
 from nanovllm.serve.protocol import ChatRequest, CompletionRequest
-from nanovllm.serve.server import Server
+from nanovllm.serve.server import NoSuchModel, Server
 from nanovllm.serve.settings import ServeConfig
 
 
@@ -79,7 +79,7 @@ NAMES = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
 TELLERS: dict[type[Exception], Any] = {
     RequestValidationError: tell_misfit,
     ValueError: tell_bad_value,
-    LookupError: lambda _, error: refusal(404, error.args[0], "model", "model_not_found"),
+    NoSuchModel: lambda _, error: refusal(404, str(error), "model", "model_not_found"),
     Busy: lambda _, error: refusal(429, str(error), code="too_many_requests"),
     HTTPException: lambda _, error: refusal(error.status_code, str(error.detail)),
     RuntimeError: lambda _, error: refusal(500, str(error)),

@@ -70,7 +70,7 @@ def run_batch(source: Path, target: Path, options: dict[str, Any], config: Batch
             answer_all(lines_of(source, model), journal, total, options, config, count)
             journal.publish(lines_of(source, model), target)
         elif is_answered_by(lines_of(source, model), target):
-            path.unlink()
+            journal.is_needed = False
         else:
             raise ValueError(f"{target} is there already, and answers something else: remove it")
     finally:

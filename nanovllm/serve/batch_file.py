@@ -63,6 +63,7 @@ class Journal:
         except OSError:
             pass  # a file system without locks
         self.make_index()
+        self.is_needed = True  # until its rows are in the result
         self.end, self.synced = 0, perf_counter()  # bytes; when the disk had all of it
         self.file.seek(0)
         while (found := parse(entry := self.file.readline())) is not None:
@@ -121,12 +122,16 @@ class Journal:
         folder = os.open(target.parent, os.O_RDONLY)
         os.fsync(folder)  # the name is on the disk, too, before the journal goes
         os.close(folder)
-        self.path.unlink()
+        self.is_needed = False
 
     def close(self) -> None:
-        """Let go of the file, and of its lock."""
-        self.file.close()
-        self.index.close()
+        """Let go of the file and its lock; what is in the result, or empty, goes first."""
+        try:
+            if self.end == 0 or not self.is_needed:
+                self.path.unlink()
+        finally:
+            self.file.close()
+            self.index.close()
 
 
 def is_answered_by(lines: Iterator[Line], target: Path) -> bool:

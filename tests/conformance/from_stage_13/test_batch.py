@@ -303,6 +303,7 @@ def test_a_result_of_other_lines_is_left_as_it_is(tmp_path, run):
         with pytest.raises(ValueError, match="is there already"):
             run(lines)
     assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert not journal_of(tmp_path / "out.jsonl").exists()
 
 
 def test_a_kill_while_the_result_is_written_or_just_after_costs_no_row(tmp_path, run, monkeypatch):
