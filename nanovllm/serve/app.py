@@ -12,9 +12,8 @@ from starlette.responses import Response
 
 from nanovllm.serve.client import Busy, EngineClient
 from nanovllm.serve.guards import Guard, refusal
-from nanovllm.serve.metrics import Metrics
 from nanovllm.serve.protocol import ChatRequest, CompletionRequest
-from nanovllm.serve.server import Server
+from nanovllm.serve.server import NoSuchModel, Server
 from nanovllm.serve.settings import ServeConfig
 
 
@@ -42,7 +41,7 @@ def make_app(client: EngineClient, config: ServeConfig) -> FastAPI:
 
 def add_routes(app: FastAPI, client: EngineClient, config: ServeConfig) -> None:
     """What can be asked for, and who answers."""
-    server, metrics = Server(client, config.name_of(client.about.model)), Metrics(client)
+    server = Server(client, config.name_of(client.about.model))
     app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/completions", server.complete, methods=["POST"], response_model=None)
     app.add_api_route("/tokenize", server.tokenize, methods=["POST"], response_model=None)
@@ -50,7 +49,7 @@ def add_routes(app: FastAPI, client: EngineClient, config: ServeConfig) -> None:
     app.add_api_route("/v1/models", server.models, response_model=None)
     app.add_api_route("/v1/models/{name:path}", server.one_model, response_model=None)
     app.add_api_route("/health", server.health, response_model=None)
-    app.add_api_route("/metrics", metrics.page, response_model=None)
+    app.add_api_route("/metrics", server.metrics, response_model=None)
     app.add_api_route("/", server.page, response_model=None)
 
 
@@ -80,7 +79,7 @@ NAMES = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
 TELLERS: dict[type[Exception], Any] = {
     RequestValidationError: tell_misfit,
     ValueError: tell_bad_value,
-    LookupError: lambda _, error: refusal(404, error.args[0], "model", "model_not_found"),
+    NoSuchModel: lambda _, error: refusal(404, str(error), "model", "model_not_found"),
     Busy: lambda _, error: refusal(429, str(error), code="too_many_requests"),
     HTTPException: lambda _, error: refusal(error.status_code, str(error.detail)),
     RuntimeError: lambda _, error: refusal(500, str(error)),

@@ -40,7 +40,7 @@ async def answer_here(
     options: dict[str, Any], config: BatchConfig, rows: Iterator[Row], note: Note
 ) -> None:
     """Answer rows by one engine, in a process that ends with this."""
-    pipe, process = in_process(options)
+    (pipe,), process = in_process(options)
     try:
         client = EngineClient(pipe, max_open=sys.maxsize)  # the readers are the limit
         client.start()

@@ -13,7 +13,7 @@ from typing import Any
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.outputs import StreamPiece
 from nanovllm.engine.sequence import Sequence
-from nanovllm.serve.engine_loop import Ask, Load, News
+from nanovllm.serve.engine_loop import WATCH, Ask, News, Report
 
 
 class Answer:
@@ -69,6 +69,9 @@ async def pieces(answers: list[Answer]) -> AsyncIterator[tuple[int, StreamPiece]
             yield index, piece
 
 
+ENDED = "the engine has ended"
+
+
 class Busy(Exception):
     """More requests are open than the server was told to take."""
 
@@ -86,11 +89,10 @@ class EngineClient:
             raise about
         self.about, self.pipe, self.max_open = about, pipe, max_open
         self.answers: dict[int, Answer] = {}  # the open ones
-        self.on_news: Callable[[list[tuple[Answer, News]]], None] = lambda known: None
         self.on_loss: Callable[[], None] = lambda: None
         self.keys = count()
         self.asks: SimpleQueue[Ask | None] = SimpleQueue()
-        self.load = Load()
+        self.watchers: list[asyncio.Future[Report]] = []
         self.is_alive, self.is_closing = True, False
 
     def start(self) -> None:
@@ -103,7 +105,7 @@ class EngineClient:
     def check_room(self, num: int) -> None:
         """May so many be asked for now? ValueError where they never may; Busy, where later."""
         if not self.is_alive:
-            raise RuntimeError("the engine has ended")
+            raise RuntimeError(ENDED)
         if num > self.max_open:
             raise ValueError(f"{num} answers are asked for at once, and {self.max_open} may be")
         if len(self.answers) + num > self.max_open:
@@ -130,20 +132,27 @@ class EngineClient:
 
     def hand_out(self, told: list[News]) -> None:
         """Give each its news."""
-        known = [(self.answers[news.key], news) for news in told if news.key in self.answers]
-        for answer, news in known:
-            if news.finish_reason is not None:
-                del self.answers[news.key]
-            answer.unread.append(news)
-            answer.has_news.set()
-        self.on_news(known)
+        for news in told:
+            if (answer := self.answers.get(news.key)) is not None:
+                if news.finish_reason is not None:
+                    del self.answers[news.key]
+                answer.unread.append(news)
+                answer.has_news.set()
+
+    async def report(self) -> Report:
+        """How the engine is, between two of its steps; RuntimeError where it has ended."""
+        if not self.is_alive:
+            raise RuntimeError(ENDED)
+        self.watchers.append(watcher := self.loop.create_future())
+        self.asks.put(Ask(WATCH))
+        return await watcher
 
     def send(self) -> None:
         """A thread's life: bring what is asked for to the engine, which may be in a step.
 
         All that waits goes in one message: a thread gets its turn seldom where another is busy.
         """
-        asks: list[Ask | None] = [Ask(-1)]
+        asks: list[Ask | None] = [Ask(WATCH)]
         try:
             while asks[-1] is not None:  # None is goodbye
                 asks = [self.asks.get()]
@@ -162,9 +171,10 @@ class EngineClient:
             for _ in range(8):
                 if not self.pipe.poll():
                     break
-                told, load = self.pipe.recv()
-                self.load = Load(*load)
+                told, report = self.pipe.recv()
                 self.hand_out([News(*news) for news in told])
+                if report is not None:
+                    self.tell_watchers(report)
         except (EOFError, OSError):
             self.loop.remove_reader(self.pipe.fileno())
             self.is_alive = False
@@ -173,12 +183,25 @@ class EngineClient:
 
     def give_up(self) -> None:
         """The engine is gone: whoever waits is told."""
-        failure = "the engine has ended"
-        self.load = self.load._replace(failure=failure)
-        self.hand_out([News(key, [], [], "abort", failure) for key in self.answers])
+        self.hand_out([News(key, [], [], "abort", ENDED) for key in self.answers])
+        self.tell_watchers(None)
         self.on_loss()
+
+    def tell_watchers(self, report: Report | None) -> None:
+        """Whoever still waits for a report gets it, or is told that there is none."""
+        for watcher in self.watchers:
+            if not watcher.done() and report is not None:
+                watcher.set_result(report)
+            elif not watcher.done():
+                watcher.set_exception(RuntimeError(ENDED))
+        self.watchers.clear()
 
     def close(self) -> None:
         """Let the engine end."""
         self.is_closing = self.is_alive  # else it has been lost, and whoever serves it says so
         self.asks.put(None)
+
+    @property
+    def is_lost(self) -> bool:
+        """Has the engine ended though nobody has let it?"""
+        return not self.is_alive and not self.is_closing

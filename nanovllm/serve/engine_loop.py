@@ -10,6 +10,7 @@ from nanovllm.engine.outputs import RequestMetrics, metrics_of
 from nanovllm.engine.sequence import Sequence
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.serve.metrics import Metrics
 
 
 class Ask(NamedTuple):
@@ -19,6 +20,9 @@ class Ask(NamedTuple):
     token_ids: list[int] = []
     params: SamplingParams | None = None
     whole: bool = False  # nobody reads along: it is told once, at its end
+
+
+WATCH = -1  # the key of an ask for a report
 
 
 class News(NamedTuple):
@@ -33,14 +37,27 @@ class News(NamedTuple):
     prompt_logprobs: list[dict[int, float] | None] | None = None  # with the last, if asked for
 
 
-class Load(NamedTuple):
-    """How much the engine has to do, and has done."""
+class Report(NamedTuple):
+    """How the engine is, and what it has done."""
 
-    num_running: int = 0
-    num_waiting: int = 0
-    used_blocks: float = 0.0  # the share of all
-    num_preemptions: int = 0
-    failure: str | None = None  # what the last step raised
+    failure: str | None  # what the last step raised
+    metrics: bytes  # in Prometheus's text format
+
+
+class Asker:
+    """The engine's end of one pipe."""
+
+    def __init__(self, pipe: Connection):
+        self.pipe, self.room = pipe, select.poll()
+        self.room.register(pipe.fileno(), select.POLLOUT)
+        self.untold: list[tuple] = []  # news that has not been sent
+        self.report: Report | None = None
+
+    def tell(self) -> None:
+        """Send what there is to tell, in one message; where there is no room, later."""
+        if (self.untold or self.report) and self.room.poll(0):
+            self.pipe.send((self.untold, self.report))
+            self.untold, self.report = [], None
 
 
 logger = logging.getLogger("nanovllm")
@@ -49,49 +66,70 @@ logger = logging.getLogger("nanovllm")
 class EngineLoop:
     """Steps an engine: takes what it is asked between two steps, and tells what came of each."""
 
-    def __init__(self, llm: LLM, pipe: Connection):
-        self.llm, self.pipe = llm, pipe
-        self.seqs: dict[int, Sequence] = {}  # the unfinished ones, by the asker's key
-        self.keys: dict[int, int] = {}  # their ids -> the keys
-        self.untold: list[tuple] = []  # news that has not been sent
+    def __init__(self, llm: LLM, *pipes: Connection):
+        self.llm, self.inbox = llm, select.poll()
+        self.askers = {pipe.fileno(): Asker(pipe) for pipe in pipes}
+        for number in self.askers:
+            self.inbox.register(number, select.POLLIN)
+        self.seqs: dict[tuple[Asker, int], Sequence] = {}  # the unfinished ones, by their keys
+        self.keys: dict[int, tuple[Asker, int]] = {}  # their ids -> the keys
         self.failure: str | None = None
-        self.room = select.poll()
-        self.room.register(pipe.fileno(), select.POLLOUT)
+        self.metrics = Metrics(llm, self.seqs)
 
     def run(self) -> None:
-        """Step until the other end of the pipe is closed; an idle engine sleeps."""
-        try:
-            while True:
-                self.take_asks()
-                self.tell(self.step() if self.seqs else [])
-        except (EOFError, OSError):
-            self.llm.drop(list(self.seqs.values()))  # nobody is there any more
-        finally:
-            self.pipe.close()
+        """Step until the other ends of all pipes are closed; an idle engine sleeps."""
+        while self.askers:
+            self.take_asks()
+            if self.seqs:
+                self.note(self.step())
+            for asker in list(self.askers.values()):
+                try:
+                    asker.tell()
+                except OSError:
+                    self.lose(asker)
 
     def take_asks(self) -> None:
         """Do what has been asked for; where there is nothing to do, wait until something is."""
-        is_idle = not self.seqs
-        while self.pipe.poll(None if is_idle else 0):
-            is_idle = False
-            for ask in self.pipe.recv():
-                if ask is None:
-                    raise EOFError("the asker has said goodbye")
-                if ask.params is None:
-                    self.forget(ask.key)
-                else:
-                    self.add(ask)
+        is_idle = not self.seqs and not any(asker.untold for asker in self.askers.values())
+        for number, _ in self.inbox.poll(None if is_idle else 0):
+            asker = self.askers[number]
+            try:
+                while asker.pipe.poll():
+                    for ask in asker.pipe.recv():
+                        self.take(asker, ask)
+            except (EOFError, OSError):  # it has said goodbye, or is gone
+                self.lose(asker)
 
-    def add(self, ask: Ask) -> None:
+    def take(self, asker: Asker, ask: Ask | None) -> None:
+        """Do one thing that was asked for; EOFError for a goodbye."""
+        if ask is None:
+            raise EOFError("the asker has said goodbye")
+        if ask.key == WATCH:
+            asker.report = Report(self.failure, self.metrics.page())
+        elif ask.params is None:
+            self.forget((asker, ask.key))
+        else:
+            self.add(asker, ask)
+
+    def add(self, asker: Asker, ask: Ask) -> None:
         """Queue a request; one that does not fit this engine ends at once."""
+        key = asker, ask.key
         try:
             seq = self.llm.make_sequence(ask.token_ids, ask.params)
             seq.unread = None if ask.whole else deque()
-            self.seqs[ask.key], self.keys[seq.seq_id] = self.llm.add(seq), ask.key
+            self.seqs[key], self.keys[seq.seq_id] = self.llm.add(seq), key
         except Exception as error:
-            self.untold.append(tuple(News(ask.key, [], [], "error", str(error))))
+            asker.untold.append(tuple(News(ask.key, [], [], "error", str(error))))
 
-    def forget(self, key: int) -> None:
+    def lose(self, asker: Asker) -> None:
+        """Nobody is at the other end of a pipe any more."""
+        self.inbox.unregister(asker.pipe.fileno())
+        del self.askers[asker.pipe.fileno()]
+        for key in [key for key in self.seqs if key[0] is asker]:
+            self.forget(key)
+        asker.pipe.close()
+
+    def forget(self, key: tuple[Asker, int]) -> None:
         """Nobody waits for a request any more; it may have ended already."""
         if (seq := self.seqs.pop(key, None)) is not None:
             del self.keys[seq.seq_id]
@@ -107,32 +145,25 @@ class EngineLoop:
             self.failure = repr(error)
             return [seq for seq in self.seqs.values() if seq.is_finished]
 
-    def tell(self, grown: list[Sequence]) -> None:
-        """Send what is new of these sequences, in one message; where there is no room, later."""
+    def note(self, grown: list[Sequence]) -> None:
+        """Put down what is new of these sequences, for those who asked for them."""
         for seq in grown:
             if seq.seq_id in self.keys and (seq.unread is not None or seq.is_finished):
-                self.untold.append(tuple(self.news_of(seq)))
-        if not self.seqs or self.room.poll(0):
-            self.pipe.send((self.untold, tuple(self.load())))
-            self.untold = []
+                asker, key = self.keys[seq.seq_id]
+                news = self.news_of(seq, key)
+                self.metrics.note(seq, len(news.token_ids), news.metrics)
+                asker.untold.append(tuple(news))
 
-    def news_of(self, seq: Sequence) -> News:
+    def news_of(self, seq: Sequence, key: int) -> News:
         """What is new of a sequence: as a rule one token."""
-        key, params = self.keys[seq.seq_id], seq.params
+        params = seq.params
         new = list(seq.completion_token_ids if seq.unread is None else seq.unread)
         if seq.unread is not None:
             seq.unread.clear()
         logprobs = seq.logprobs[-len(new) :] if new and params.logprobs is not None else []
         if not seq.is_finished:
             return News(key, new, logprobs)
-        del self.seqs[key], self.keys[seq.seq_id]
+        del self.seqs[self.keys.pop(seq.seq_id)]
         error = None if seq.error is None else str(seq.error) or repr(seq.error)
         prompt = None if params.prompt_logprobs is None else seq.prompt_logprobs
         return News(key, new, logprobs, seq.finish_reason, error, metrics_of(seq), prompt)
-
-    def load(self) -> Load:
-        """How much there is to do."""
-        scheduler = self.llm.scheduler
-        used = 1 - len(scheduler.block_manager.free_blocks) / scheduler.num_blocks
-        sizes = len(scheduler.running), len(scheduler.waiting)
-        return Load(*sizes, used, scheduler.num_preemptions, self.failure)

@@ -55,29 +55,31 @@ def sampling_defaults(folder: Path) -> dict[str, float]:
     return found
 
 
-def in_process(options: dict[str, Any]) -> tuple[Connection, Any]:
-    """Build an engine in a process of its own: the pipe to it, and the process.
+def in_process(options: dict[str, Any], num_pipes: int = 1) -> tuple[list[Connection], Any]:
+    """Build an engine in a process of its own: the pipes to it, and the process.
 
     options: of `LLM`. The first message is `about` it, or the error that it failed with.
     """
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
+    ours, theirs = zip(*(context.Pipe() for _ in range(num_pipes)), strict=True)
     process = context.Process(target=work, args=(theirs, options), name="engine")
     process.start()
-    theirs.close()  # so that the end of the process is the end of the pipe
-    return ours, process
+    for pipe in theirs:
+        pipe.close()  # so that the end of the process is the end of the pipes
+    return list(ours), process
 
 
-def work(pipe: Connection, options: dict[str, Any]) -> None:
-    """The process's life. It ends when the pipe does; signals are for the one who started it."""
+def work(pipes: tuple[Connection, ...], options: dict[str, Any]) -> None:
+    """The process's life. It ends when the pipes do; signals are for the one who started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         llm = LLM(**options)
-        pipe.send(about(llm))
+        first: Any = about(llm)
     except Exception as error:
-        kind = ValueError if isinstance(error, ValueError) else RuntimeError
-        pipe.send(kind(one_line(error)))
-        return
-    EngineLoop(llm, pipe).run()
-    llm.exit()
+        first = (ValueError if isinstance(error, ValueError) else RuntimeError)(one_line(error))
+    for pipe in pipes:
+        pipe.send(first)
+    if isinstance(first, About):
+        EngineLoop(llm, *pipes).run()
+        llm.exit()

@@ -33,6 +33,10 @@ Built = Callable[[], list[Sequence]]
 LONG = 10_000  # bytes of a body; to change threads takes as long as to read one that is shorter
 
 
+class NoSuchModel(Exception):
+    """A model is asked for that is not served."""
+
+
 class Server:
     """Answers calls of the API by what an engine says."""
 
@@ -87,9 +91,9 @@ class Server:
         return Response(status_code=499) if reply is None else reply_json(reply)
 
     def check_model(self, name: str | None) -> None:
-        """LookupError where another model is meant."""
+        """NoSuchModel where another model is meant."""
         if name not in (None, self.model, self.client.about.model):
-            raise LookupError(f"the model {name!r} is not served here: {self.model!r} is")
+            raise NoSuchModel(f"the model {name!r} is not served here: {self.model!r} is")
 
     def card(self) -> dict[str, Any]:
         """What there is to say of the model."""
@@ -102,14 +106,22 @@ class Server:
         return reply_json({"object": "list", "data": [self.card()]})
 
     async def one_model(self, name: str) -> Response:
-        """The one that is served; LookupError for another name."""
+        """The one that is served; NoSuchModel for another name."""
         self.check_model(name)
         return reply_json(self.card())
 
     async def health(self) -> Response:
         """200 while the engine steps; 503 when its last step failed, or it has ended."""
-        failure = self.client.load.failure
+        try:
+            failure = (await self.client.report()).failure
+        except RuntimeError as error:
+            failure = str(error)
         return reply_json({"status": "ok"}) if failure is None else refusal(503, failure)
+
+    async def metrics(self) -> Response:
+        """What the engine has counted, in Prometheus's text format."""
+        text = (await self.client.report()).metrics
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def tokenize(self, body: TokenizeRequest) -> Response:
         """The token ids of a text, or of a conversation."""

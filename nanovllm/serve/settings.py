@@ -1,5 +1,7 @@
 """The server's options."""
 
+import os
+import sys
 from dataclasses import dataclass
 
 from nanovllm.utils.options import check_options, option
@@ -15,6 +17,9 @@ class ServeConfig:
         None, "what callers must send as Authorization: Bearer KEY (or set NANOVLLM_API_KEY)"
     )
     served_model_name: str | None = option(None, "what callers call the model")
+    http_processes: int | None = option(
+        None, "processes that speak HTTP (default: one for every 4 cores, at most 4)", minimum=1
+    )
     max_open: int = option(1024, "most requests that run or wait; more are told to come later")
     max_body_bytes: int = option(4 << 20, "longest body of a request", minimum=1)
     allowed_origins: list[str] | tuple[str, ...] = option(
@@ -23,6 +28,12 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def num_http_processes(self) -> int:
+        """As asked for; else by the number of cores, where the system shares out connections."""
+        most = min(4, (os.cpu_count() or 1) // 4) if sys.platform == "linux" else 1
+        return self.http_processes or max(1, most)
 
     def name_of(self, model: str) -> str:
         """What callers call the model: as asked for, else the last part of its path or name."""

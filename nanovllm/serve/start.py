@@ -1,18 +1,23 @@
-"""`nanovllm serve`: an engine's process, and a server before it."""
+"""`nanovllm serve`: an engine's process, and processes before it that speak HTTP."""
 
+import asyncio
 import logging
+import multiprocessing
 import os
 import signal
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import uvicorn
 
 from nanovllm.serve.app import make_app
-from nanovllm.serve.client import EngineClient
+from nanovllm.serve.client import ENDED, EngineClient
 from nanovllm.serve.engine_process import in_process
 from nanovllm.serve.guards import LOCAL_HOSTS
 from nanovllm.serve.settings import ServeConfig
@@ -23,7 +28,7 @@ SWITCH_S = 0.001  # how long a thread may keep the interpreter, once another wan
 def serve(options: dict[str, Any], config: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM; what runs then is brought to its end, or to a second signal.
 
-    options: of `LLM`. ValueError where they don't fit; RuntimeError where the engine is lost.
+    options: of `LLM`. ValueError where they don't fit; RuntimeError where a process is lost.
     """
     key = os.environ.get("NANOVLLM_API_KEY")
     if config.api_key is None and key:
@@ -32,20 +37,78 @@ def serve(options: dict[str, Any], config: ServeConfig) -> None:
         raise ValueError(
             f"host={config.host!r} lets others in: give an api_key that they must send"
         )
-    sys.setswitchinterval(SWITCH_S)
-    pipe, process = in_process(options)
+    doors = open_doors(config)
+    pipes, engine = in_process(options, len(doors))
+    others: list[BaseProcess] = []
     try:
-        client = EngineClient(pipe, config.max_open)
-        server = Listening(uvicorn.Config(make_app(client, config), **settings_of(config)))
-        client.on_loss = lambda: setattr(server, "should_exit", True)
+        for pipe, door in zip(pipes[1:], doors[1:], strict=True):
+            others.append(CONTEXT.Process(target=serve_beside, args=(pipe, config, door)))
+            others[-1].start()
+            pipe.close()  # it is the other's now
+            door.close()
+        server = make_server(pipes[0], config)
+        server.others = others
         with signals_end_it():
-            server.run()
-        if not client.is_alive and not client.is_closing:
-            raise RuntimeError(client.load.failure)
+            server.run(sockets=doors[:1])
+        if server.client.is_lost:
+            raise RuntimeError(ENDED)
+        if server.has_lost_one:
+            raise RuntimeError("a process that speaks HTTP has ended")
     finally:
-        pipe.close()  # the engine ends, if nobody has told it to
-        process.join(10)
-        process.kill()
+        pipes[0].close()  # the engine ends, if nobody has told it to
+        for process in (*others, engine):
+            process.join(10)
+            process.kill()
+
+
+def open_doors(config: ServeConfig) -> list[socket.socket]:
+    """A socket for each process that is to speak HTTP; RuntimeError without the address."""
+    try:
+        family, *_, place = socket.getaddrinfo(config.host, config.port, type=STREAM)[0]
+        first = bound(family, place, False)
+        if config.num_http_processes == 1:
+            return [first]
+        place = first.getsockname()
+        first.close()
+        return [bound(family, place, True) for _ in range(config.num_http_processes)]
+    except OSError as error:
+        raise RuntimeError(f"can't listen at {config.host}:{config.port}: {error}") from error
+
+
+STREAM = socket.SOCK_STREAM
+
+
+def bound(family: int, place: Any, is_shared: bool) -> socket.socket:
+    """A socket with an address, which others may have, too, if they are of the same user."""
+    door = socket.socket(family, STREAM)
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if is_shared:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    door.bind(place)
+    return door
+
+
+CONTEXT = multiprocessing.get_context("spawn")
+
+
+def serve_beside(pipe: Connection, config: ServeConfig, door: socket.socket) -> None:
+    """The life of a further process that speaks HTTP; it ends with the one that has started it."""
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        server = make_server(pipe, config)
+    except Exception:
+        return  # there is no engine, as the first process says
+    server.run(sockets=[door])
+
+
+def make_server(pipe: Connection, config: ServeConfig) -> "Listening":
+    """A server before the engine at a pipe; an error of the engine where it can't be built."""
+    max_open = -(-config.max_open // config.num_http_processes)  # of all, it gets as many
+    client = EngineClient(pipe, max_open)
+    server = Listening(uvicorn.Config(make_app(client, config), **settings_of(config)))
+    server.client = client
+    client.on_loss = lambda: setattr(server, "should_exit", True)
+    return server
 
 
 def settings_of(config: ServeConfig) -> dict[str, Any]:
@@ -53,22 +116,6 @@ def settings_of(config: ServeConfig) -> dict[str, Any]:
     most = config.max_open + 64  # connections; those above it are told to come later
     where = {"host": config.host, "port": config.port, "limit_concurrency": most}
     return {**where, "access_log": False, "log_level": "warning", "server_header": False}
-
-
-class Listening(uvicorn.Server):
-    """A server that says where it listens."""
-
-    async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
-        for door in (door for server in self.servers for door in server.sockets):
-            host, port = door.getsockname()[:2]
-            print(f"nanovllm: serving at http://{host}:{port}", file=sys.stderr, flush=True)
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        """A signal has come; after a second one, of whatever kind, nothing is waited for."""
-        self.force_exit = self.should_exit
-        logging.getLogger("uvicorn.error").disabled = self.force_exit  # not each that is cut off
-        super().handle_exit(sig, frame)
 
 
 @contextmanager
@@ -82,3 +129,42 @@ def signals_end_it() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Listening(uvicorn.Server):
+    """A server that says where it listens, and ends together with those beside it."""
+
+    client: EngineClient
+    others: Sequence[BaseProcess] = ()  # that this one has started
+    has_lost_one = False
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        parent = multiprocessing.parent_process()
+        for process in self.others if parent is None else [parent]:
+            asyncio.get_running_loop().add_reader(process.sentinel, self.lose, process)
+        if parent is None:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            print(f"nanovllm: serving at http://{host}:{port}", file=sys.stderr, flush=True)
+
+    def lose(self, process: Any) -> None:
+        """Another process has ended: the one that has started this one, or one beside it."""
+        asyncio.get_running_loop().remove_reader(process.sentinel)
+        if not self.should_exit:
+            self.has_lost_one = True
+            self.handle_exit(signal.SIGTERM, None)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """A signal has come; after a second one, of whatever kind, nothing is waited for."""
+        if sig == signal.SIGINT and multiprocessing.parent_process() is not None:
+            return  # the first process has it, too
+        for process in self.others:
+            process.terminate()
+        self.force_exit = self.should_exit
+        logging.getLogger("uvicorn.error").disabled = self.force_exit  # not each that is cut off
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        await super().shutdown(sockets)
+        while any(process.is_alive() for process in self.others) and not self.force_exit:
+            await asyncio.sleep(0.02)  # those inside may finish, beside as here

@@ -21,7 +21,7 @@ class Worker:
     """An engine and a desk, in a process that Ray starts, places, and starts again."""
 
     def __init__(self, options: dict[str, Any], model: str | None):
-        pipe, self.process = in_process(options)
+        (pipe,), self.process = in_process(options)
         try:
             self.client = EngineClient(pipe, max_open=sys.maxsize)
         except Exception:

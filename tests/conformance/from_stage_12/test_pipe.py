@@ -14,7 +14,7 @@ import uvloop
 from nanovllm import SamplingParams
 from nanovllm.engine.requests import make_sequence
 from nanovllm.serve.client import EngineClient, pieces
-from nanovllm.serve.engine_loop import Load, News
+from nanovllm.serve.engine_loop import News
 from nanovllm.serve.engine_process import About, about
 
 LARGE = 400_000  # tokens: more bytes than a socket takes at once
@@ -35,7 +35,7 @@ def test_large_messages_pass_both_ways_whoever_is_slow(llm, loop):
             asked.extend(ask for ask in theirs.recv() if ask is not None)
         for ask in asked:
             told = tuple(News(ask.key, [7] * LARGE, [], "length"))
-            theirs.send(([told], tuple(Load())))
+            theirs.send(([told], None))
 
     async def ask() -> list[int]:
         client.start()

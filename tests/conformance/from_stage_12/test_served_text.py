@@ -92,5 +92,6 @@ def test_who_wants_the_whole_reply_is_told_once(llm):
 
     news: list = []
     client = EngineClient(in_thread(llm))
-    client.on_news = news.extend
+    hand_out = client.hand_out
+    client.hand_out = lambda told: (news.extend(told), hand_out(told))
     asyncio.run(both())

@@ -40,7 +40,7 @@ KILLS = int(os.environ.get("NANOVLLM_KILLS", 2))
 def run(llm, monkeypatch, tmp_path):
     """`run(lines, **options)` answers lines by an engine in a thread; the rows."""
     process = SimpleNamespace(join=lambda seconds: None, kill=lambda: None)
-    monkeypatch.setattr(batch, "in_process", lambda options: (in_thread(llm), process))
+    monkeypatch.setattr(batch, "in_process", lambda options: ([in_thread(llm)], process))
 
     def answer(lines, name="out.jsonl", **options):
         source = write(tmp_path / "in.jsonl", lines)

@@ -1,0 +1,131 @@
+"""Several processes speak HTTP before one engine: callers can't tell, and they end together."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import Command, events, is_running, text_of, until
+
+PROMPTS = [f"Once upon a time, {number} foxes" for number in range(40)]
+BODY = {"max_tokens": 24, "temperature": 0, "stream": True}
+
+
+@pytest.fixture
+def command():
+    started = []
+
+    def start(*options: str) -> Command:
+        started.append(Command("--dtype", "float32", *options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
+
+
+def processes(command: Command) -> list[int]:
+    """All that were spawned for a server: the engine first, then those that speak HTTP."""
+    found = []
+    for pid in command.children():
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            found.append(pid)
+    return found
+
+
+def num_sockets(pid: int) -> int:
+    """How many sockets a process has open."""
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
+    return sum(link.startswith("socket:") for link in links)
+
+
+def stream_all(port: int, **body) -> list[list[dict]]:
+    """The events of all prompts, asked at once, each over a connection of its own."""
+
+    async def ask() -> list[list[dict]]:
+        bodies = [{"prompt": prompt, **BODY, **body} for prompt in PROMPTS]
+        return await asyncio.gather(*(events(port, "/v1/completions", one) for one in bodies))
+
+    return asyncio.run(ask())
+
+
+def test_texts_are_those_of_one_engine_and_all_are_counted_wherever_one_asks(command, offline):
+    server = command("--http-processes", "3")
+    port = server.ready()
+    engine, *beside = processes(server)
+    fronts, most = [server.process.pid, *beside], {}
+    idle = {pid: num_sockets(pid) for pid in fronts}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            for pid in fronts:
+                most[pid] = max(most.get(pid, 0), num_sockets(pid) - idle[pid])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    told = stream_all(port)
+    done.set()
+    watcher.join()
+    assert all(most[pid] >= 3 for pid in fronts), most
+    from nanovllm import SamplingParams
+
+    outputs = offline.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24), False)
+    assert [text_of(one) for one in told] == [output["text"] for output in outputs]
+    for _ in range(8):  # each time it is another connection
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        ends = [line for line in text.splitlines() if line.startswith("nanovllm_requests_total{")]
+        assert sum(float(line.split()[-1]) for line in ends) == len(PROMPTS)
+        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_when_one_is_killed_all_end(command, number):
+    """The first one, one beside it, or the engine."""
+    server = command("--http-processes", "2")
+    server.ready()
+    everyone = [server.process.pid, *reversed(processes(server))]
+    assert len(everyone) == 3
+    os.kill(everyone[number], signal.SIGKILL)
+    status, said = server.end()
+    assert status == (-9 if number == 0 else 1)
+    lost = ["", "a process that speaks HTTP has ended", "the engine has ended"][number]
+    assert lost in said and "Traceback" not in said
+    for pid in everyone:
+        until(lambda pid=pid: not is_running(pid), "it ends, too")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_those_inside_finish_in_every_process(command, number):
+    server = command("--http-processes", "2")
+    port, ended = server.ready(), []
+    asking = threading.Thread(target=lambda: ended.extend(stream_all(port, ignore_eos=True)))
+    asking.start()
+    until(lambda: "running 0" not in httpx.get(f"http://127.0.0.1:{port}/metrics").text, "it runs")
+    everyone = [server.process.pid, *processes(server)]
+    if number == signal.SIGINT:  # a terminal tells all
+        for pid in reversed(everyone):
+            os.kill(pid, number)
+    else:
+        os.kill(server.process.pid, number)
+    asking.join(100)
+    status, said = server.end()
+    assert status == 0 and "Traceback" not in said
+    assert [one[-1]["choices"][0]["finish_reason"] for one in ended] == ["length"] * len(PROMPTS)
+    for pid in everyone:
+        until(lambda pid=pid: not is_running(pid), "it ends, too")
+
+
+@pytest.mark.parametrize("others", ["1", "2"])
+def test_an_address_that_is_taken_is_shared_with_nobody(command, others):
+    server = command("--http-processes", "2")
+    port = server.ready()
+    second = command("--http-processes", others, "--port", str(port))
+    status, said = second.end(100)
+    assert status == 1 and "can't listen at 127.0.0.1" in said and "Traceback" not in said
+    assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
