@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import run
@@ -16,24 +17,38 @@ import tangle
 
 def test_what_is_left_out_somewhere_is_there():
     assert [name for name in run.LAWS_OF if not (run.SUITE / name).is_file()] == []
+    assert [name for name in run.ALWAYS if not (run.SUITE / name).is_file()] == []
     assert [name for name in run.SLOW if not (run.ROOT / name).is_file()] == []
     for modules in run.LAWS_OF.values():
         assert any(re.match(f"nanovllm/({modules})", path) for path in tangle.stage()), modules
 
 
-def test_a_costly_file_runs_first_last_and_where_a_module_of_its_laws_changes(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_file_runs_first_last_and_where_a_module_of_its_laws_becomes_what_the_last_has_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     changes = {1: "engine/block", 2: "layers/b", 3: "engine/model_runner", 5: "layers/b"}
-    changes |= {4: "engine/scheduler", 6: "layers/b"}
+    changes |= {4: "engine/scheduler", 6: "engine/scheduler", 7: "engine/block", 8: "serve/a"}
+    changes |= {9: "layers/b"}
 
     def stage(k: int) -> dict[str, str]:
         return {f"nanovllm/{changes[i]}.py": str(i) for i in range(1, k + 1)}
 
+    for name in ("from_stage_2/test_x.py", "from_stage_4/test_y.py", "test_imports.py"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     monkeypatch.setattr(tangle, "stage", stage)
-    monkeypatch.setattr(tangle, "last", lambda: 6)
+    monkeypatch.setattr(tangle, "last", lambda: 9)
+    monkeypatch.setattr(run, "SUITE", tmp_path)
     monkeypatch.setattr(run, "LAWS_OF", {"from_stage_2/test_x.py": run.POLICY})
-    assert [k for k in range(2, 7) if not run.left_out(k)] == [2, 4, 6]
+    stages = {
+        name: [k for k in range(1, 10) if name not in run.left_out(k)]
+        for name in ("from_stage_2/test_x.py", "from_stage_4/test_y.py", "test_imports.py")
+    }
+    # At 6 and 7 modules become what they are at 9, where all of it is asked.
+    assert stages["from_stage_2/test_x.py"] == [1, 2, 4, 9]
+    assert stages["from_stage_4/test_y.py"] == [1, 2, 3, 4, 5, 9]
+    assert stages["test_imports.py"] == [*range(1, 10)]
 
 
 def test_parts_run_side_by_side_and_are_counted_in_their_order():
