@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 PACKAGE = "nanovllm"
 PATH = rf"({PACKAGE}/(?:\w+/)*\w+\.py)"
@@ -131,16 +132,9 @@ class Cell:
                 deletions.append((match[2], set(re.findall(r"[\w.]+", match[3] or "")), number))
         return target, deletions
 
-    def units(self) -> list[Unit]:
+    def units(self) -> tuple[Unit, ...]:
         """The statements of the cell; every one of them can be exported."""
-        try:
-            body = ast.parse(self.source).body
-        except SyntaxError as error:
-            raise self.error(error.lineno or 1, f"does not parse: {error.msg}") from None
-        lines = self.source.split("\n")
-        units = self.split(lines, body, sum(line.startswith("#|") for line in lines), len(lines))
-        self.check(units)
-        return units
+        return cut(self)
 
     def check(self, units: Iterable[Unit]) -> None:
         """Units that are merged have names, each its own."""
@@ -185,3 +179,16 @@ class Cell:
                 units.append(unit)
             start = end
         return units
+
+
+@cache  # a notebook asks for all cells again and again
+def cut(cell: Cell) -> tuple[Unit, ...]:
+    """A cell's statements; TangleError where one of them can't be exported."""
+    try:
+        body = ast.parse(cell.source).body
+    except SyntaxError as error:
+        raise cell.error(error.lineno or 1, f"does not parse: {error.msg}") from None
+    lines = cell.source.split("\n")
+    units = cell.split(lines, body, sum(line.startswith("#|") for line in lines), len(lines))
+    cell.check(units)
+    return tuple(units)

@@ -6,15 +6,16 @@ import ast
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from cells import BODY, IMPORTS, PACKAGE, Cell, Unit, join, named
 
 WIDTH = 100
 
 
-def merge(old: Iterable[Unit], new: list[Unit], cell: Cell) -> list[Unit]:
+def merge(old: Iterable[Unit], new: Sequence[Unit], cell: Cell) -> list[Unit]:
     """Replace what has the same name where it stands; put a new name beside its neighbour."""
     units = list(old)
     for i, unit in enumerate(new):
@@ -33,7 +34,7 @@ def merge(old: Iterable[Unit], new: list[Unit], cell: Cell) -> list[Unit]:
     return sorted(units, key=lambda unit: unit.rank)
 
 
-def place(units: list[Unit], new: list[Unit], i: int) -> int:
+def place(units: list[Unit], new: Sequence[Unit], i: int) -> int:
     """Where `new[i]` goes: before the next known name, else after the previous, else at the end."""
     known = {name: j for j, u in enumerate(units) if u.rank == BODY for name in u.names}
     above = [known[name] + 1 for u in new[:i] for name in u.names if name in known]
@@ -56,7 +57,7 @@ def weave(old: Unit | None, new: Unit, cell: Cell) -> Unit:
         if isinstance(node, ast.Name) and node.id == "super":
             raise cell.error(node.lineno, "super() would mean another class once it is merged")
     cell.check(new.members)
-    return replace(old, members=tuple(merge(old.members, list(new.members), cell)))
+    return replace(old, members=tuple(merge(old.members, new.members, cell)))
 
 
 def without(units: Iterable[Unit], names: set[str], prefix: str = "") -> list[Unit]:
@@ -102,6 +103,14 @@ def render_imports(imports: Iterable[tuple[str, str, str, str]]) -> str:
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
+@cache
+def mentioned(source: str) -> set[object]:
+    """The names that a module uses, and its constants, which can be names, too, as in __all__."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names: set[object] = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return names | {node.value for node in nodes if isinstance(node, ast.Constant)}
+
+
 def dotted(path: str) -> str:
     """nanovllm/engine/x.py → nanovllm.engine.x"""
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
@@ -137,9 +146,7 @@ class Module:
 
     def render(self) -> str:
         """The module's source."""
-        nodes = list(ast.walk(ast.parse(join(self.units, 2))))
-        used: set[object] = {node.id for node in nodes if isinstance(node, ast.Name)}
-        used |= {node.value for node in nodes if isinstance(node, ast.Constant)}  # as in __all__
+        used = mentioned(join(self.units, 2))
         imports = [
             (source, name, alias, comment)
             for key, (source, name, alias, comment) in self.imports.items()
@@ -166,7 +173,7 @@ class Package:
         path, deletions = cell.directives()
         for deletion in deletions:
             self.remove(*deletion, cell)
-        units = cell.units() if path or deletions else []
+        units = cell.units() if path or deletions else ()
         if not path and units:
             raise cell.error(units[0].line, "a cell that only deletes holds no code")
         if not path:
