@@ -62,6 +62,7 @@ class Journal:
             raise RuntimeError(f"another run writes {path}") from error
         except OSError:
             pass  # a file system without locks
+        sync_names(path.parent)
         self.make_index()
         self.is_needed = True  # until its rows are in the result
         self.end, self.synced = 0, perf_counter()  # bytes; when the disk had all of it
@@ -119,9 +120,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        os.fsync(folder)  # the name is on the disk, too, before the journal goes
-        os.close(folder)
+        sync_names(target.parent)  # the name is on the disk, too, before the journal goes
         self.is_needed = False
 
     def close(self) -> None:
@@ -151,3 +150,10 @@ def parse(entry: bytes) -> tuple[int, str, int] | None:
         return None
     number, name, row = entry[9:-1].split(b" ", 2)
     return int(number), name.decode(), len(row)
+
+
+def sync_names(folder: Path) -> None:
+    """Wait until the disk has the names of the files in a folder."""
+    number = os.open(folder, os.O_RDONLY)
+    os.fsync(number)
+    os.close(number)

@@ -105,11 +105,21 @@ class EngineLoop:
         if ask is None:
             raise EOFError("the asker has said goodbye")
         if ask.key == WATCH:
+            if self.failure is not None and not self.seqs:
+                self.failure = self.try_step()
             asker.report = Report(self.failure, self.metrics.page())
         elif ask.params is None:
             self.forget((asker, ask.key))
         else:
             self.add(asker, ask)
+
+    def try_step(self) -> str | None:
+        """What a step raises now, if it raises anything."""
+        try:
+            self.llm.generate([[0]], SamplingParams(max_tokens=1), use_tqdm=False)
+            return None
+        except Exception as error:
+            return repr(error)
 
     def add(self, asker: Asker, ask: Ask) -> None:
         """Queue a request; one that does not fit this engine ends at once."""

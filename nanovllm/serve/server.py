@@ -111,7 +111,7 @@ class Server:
         return reply_json(self.card())
 
     async def health(self) -> Response:
-        """200 while the engine steps; 503 when its last step failed, or it has ended."""
+        """200 while the engine can step; 503 where its steps fail, or it has ended."""
         try:
             failure = (await self.client.report()).failure
         except RuntimeError as error:
