@@ -38,7 +38,7 @@ import tangle  # noqa: E402
 
 SUITE = ROOT / "tests/conformance"
 BIN = Path(sys.executable).parent
-WORKERS = 2
+WORKERS = max(2, (os.cpu_count() or 1) // 2)
 STEP_LIMIT_S = 2400  # a step that hangs is a failure, not a wait
 NOTEBOOK_PARTS = 4  # into which the notebooks are dealt out
 

@@ -37,6 +37,10 @@ class News(NamedTuple):
     prompt_logprobs: list[dict[int, float] | None] | None = None  # with the last, if asked for
 
 
+MOST_NEWS = 512  # in one message: so many as a pipe has room for, that a poll calls writable
+FULL_MS = 10  # before a pipe that was full is looked at again, where nothing else is to be done
+
+
 class Report(NamedTuple):
     """How the engine is, and what it has done."""
 
@@ -54,10 +58,10 @@ class Asker:
         self.report: Report | None = None
 
     def tell(self) -> None:
-        """Send what there is to tell, in one message; where there is no room, later."""
-        if (self.untold or self.report) and self.room.poll(0):
-            self.pipe.send((self.untold, self.report))
-            self.untold, self.report = [], None
+        """Send what there is to tell; where there is no room, later."""
+        while (self.untold or self.report) and self.room.poll(0):
+            self.pipe.send((self.untold[:MOST_NEWS], self.report))
+            self.untold, self.report = self.untold[MOST_NEWS:], None
 
 
 logger = logging.getLogger("nanovllm")
@@ -90,8 +94,9 @@ class EngineLoop:
 
     def take_asks(self) -> None:
         """Do what has been asked for; where there is nothing to do, wait until something is."""
-        is_idle = not self.seqs and not any(asker.untold for asker in self.askers.values())
-        for number, _ in self.inbox.poll(None if is_idle else 0):
+        is_told = not any(asker.untold or asker.report for asker in self.askers.values())
+        pause = 0 if self.seqs else None if is_told else FULL_MS
+        for number, _ in self.inbox.poll(pause):
             asker = self.askers[number]
             try:
                 while asker.pipe.poll():

@@ -75,10 +75,11 @@ class Server:
         return await self.answer(request, call, bool(body.stream))
 
     async def built(self, request: Request, body: Sampling, build: Built) -> list[Sequence]:
-        """The sequences of a call; of a long text in another thread, as it takes its time."""
+        """The sequences of a call; in another thread where a long text or a grammar takes time."""
         self.check_model(body.model)
         is_short = int(request.headers.get("content-length", LONG)) < LONG
-        return build() if is_short else await asyncio.to_thread(build)
+        has_grammar = isinstance(body, ChatRequest) and body.response_format is not None
+        return build() if is_short and not has_grammar else await asyncio.to_thread(build)
 
     async def answer(self, request: Request, call: Call, stream: bool) -> Response:
         """The reply to a call, whole or in pieces; a caller who leaves is not waited for."""

@@ -93,7 +93,6 @@ CONTEXT = multiprocessing.get_context("spawn")
 
 def serve_beside(pipe: Connection, config: ServeConfig, door: socket.socket) -> None:
     """The life of a further process that speaks HTTP; it ends with the one that has started it."""
-    sys.setswitchinterval(SWITCH_S)
     try:
         server = make_server(pipe, config)
     except Exception:
@@ -103,6 +102,7 @@ def serve_beside(pipe: Connection, config: ServeConfig, door: socket.socket) -> 
 
 def make_server(pipe: Connection, config: ServeConfig) -> "Listening":
     """A server before the engine at a pipe; an error of the engine where it can't be built."""
+    sys.setswitchinterval(SWITCH_S)  # so that the thread that sends does not wait for its turn
     max_open = -(-config.max_open // config.num_http_processes)  # of all, it gets as many
     client = EngineClient(pipe, max_open)
     server = Listening(uvicorn.Config(make_app(client, config), **settings_of(config)))
