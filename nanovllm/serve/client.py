@@ -83,11 +83,16 @@ class EngineClient:
     it is there. Nor does the engine wait for the loop: it sends where there is room.
     """
 
-    def __init__(self, pipe: Connection, max_open: int = 1024):
-        about = pipe.recv()
+    def __init__(self, pipe: Connection, max_open: int = 1024, share: int | None = None):
+        """max_open: of all processes before the engine; share: of this one (default: all)."""
+        try:
+            about = pipe.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError(ENDED) from error
         if isinstance(about, Exception):
             raise about
-        self.about, self.pipe, self.max_open = about, pipe, max_open
+        self.about, self.pipe = about, pipe
+        self.max_open, self.share = max_open, max_open if share is None else share
         self.answers: dict[int, Answer] = {}  # the open ones
         self.on_loss: Callable[[], None] = lambda: None
         self.keys = count()
@@ -108,8 +113,8 @@ class EngineClient:
             raise RuntimeError(ENDED)
         if num > self.max_open:
             raise ValueError(f"{num} answers are asked for at once, and {self.max_open} may be")
-        if len(self.answers) + num > self.max_open:
-            raise Busy(f"{len(self.answers)} requests are open, and {self.max_open} may be")
+        if self.answers and len(self.answers) + num > self.share:
+            raise Busy(f"{len(self.answers)} requests are open, and {self.share} may be")
 
     def submit(self, seqs: list[Sequence], whole: bool = False) -> list[Answer]:
         """Ask for requests that belong together; Busy where there are too many already.

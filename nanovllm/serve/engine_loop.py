@@ -1,7 +1,11 @@
 """The one who steps the engine: asked and heard through a pipe, in a process or a thread."""
 
 import logging
+import os
+import pickle
 import select
+import socket
+import struct
 from collections import deque
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -37,10 +41,6 @@ class News(NamedTuple):
     prompt_logprobs: list[dict[int, float] | None] | None = None  # with the last, if asked for
 
 
-MOST_NEWS = 512  # in one message: so many as a pipe has room for, that a poll calls writable
-FULL_MS = 10  # before a pipe that was full is looked at again, where nothing else is to be done
-
-
 class Report(NamedTuple):
     """How the engine is, and what it has done."""
 
@@ -52,16 +52,26 @@ class Asker:
     """The engine's end of one pipe."""
 
     def __init__(self, pipe: Connection):
-        self.pipe, self.room = pipe, select.poll()
-        self.room.register(pipe.fileno(), select.POLLOUT)
-        self.untold: list[tuple] = []  # news that has not been sent
+        self.pipe, self.door = pipe, socket.socket(fileno=os.dup(pipe.fileno()))
+        self.untold: list[tuple] = []  # news that no message holds yet
         self.report: Report | None = None
+        self.rest = memoryview(b"")  # of a message that is on its way
 
     def tell(self) -> None:
-        """Send what there is to tell; where there is no room, later."""
-        while (self.untold or self.report) and self.room.poll(0):
-            self.pipe.send((self.untold[:MOST_NEWS], self.report))
-            self.untold, self.report = self.untold[MOST_NEWS:], None
+        """Send what there is to tell, as far as the pipe has room; the rest later."""
+        while self.rest or self.untold or self.report:
+            if not self.rest:
+                text = pickle.dumps((self.untold, self.report))
+                self.rest = memoryview(struct.pack("!i", len(text)) + text)  # as `recv` wants it
+                self.untold, self.report = [], None
+            try:
+                self.rest = self.rest[self.door.send(self.rest, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                return
+
+    def close(self) -> None:
+        self.door.close()
+        self.pipe.close()
 
 
 logger = logging.getLogger("nanovllm")
@@ -86,17 +96,17 @@ class EngineLoop:
             self.take_asks()
             if self.seqs:
                 self.note(self.step())
-            for asker in list(self.askers.values()):
+            for number, asker in list(self.askers.items()):
                 try:
                     asker.tell()
+                    room = select.POLLOUT if asker.rest else 0
+                    self.inbox.modify(number, select.POLLIN | room)
                 except OSError:
                     self.lose(asker)
 
     def take_asks(self) -> None:
         """Do what has been asked for; where there is nothing to do, wait until something is."""
-        is_told = not any(asker.untold or asker.report for asker in self.askers.values())
-        pause = 0 if self.seqs else None if is_told else FULL_MS
-        for number, _ in self.inbox.poll(pause):
+        for number, _ in self.inbox.poll(0 if self.seqs else None):
             asker = self.askers[number]
             try:
                 while asker.pipe.poll():
@@ -142,13 +152,14 @@ class EngineLoop:
         del self.askers[asker.pipe.fileno()]
         for key in [key for key in self.seqs if key[0] is asker]:
             self.forget(key)
-        asker.pipe.close()
+        asker.close()
 
     def forget(self, key: tuple[Asker, int]) -> None:
         """Nobody waits for a request any more; it may have ended already."""
         if (seq := self.seqs.pop(key, None)) is not None:
             del self.keys[seq.seq_id]
             self.llm.drop([seq])
+            self.metrics.ended.labels("abort").inc()
 
     def step(self) -> list[Sequence]:
         """A step's sequences that gained a token, or ended; after a failure, those that it lost."""

@@ -3,8 +3,11 @@
 import json
 import multiprocessing
 import signal
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -36,8 +39,12 @@ def about(llm: LLM) -> About:
 def in_thread(llm: LLM) -> Connection:
     """Let a thread step an engine; the pipe to it, whose first message is `about` it."""
     ours, theirs = multiprocessing.Pipe()
-    theirs.send(about(llm))
-    Thread(target=EngineLoop(llm, theirs).run, name="engine", daemon=True).start()
+
+    def live() -> None:
+        theirs.send(about(llm))  # a tokenizer can be larger than a pipe
+        EngineLoop(llm, theirs).run()
+
+    Thread(target=live, name="engine", daemon=True).start()
     return ours
 
 
@@ -55,6 +62,17 @@ def sampling_defaults(folder: Path) -> dict[str, float]:
     return found
 
 
+def start_deaf(process: BaseProcess) -> None:
+    """Start a process that a terminal's Ctrl-C does not reach: whoever starts it decides."""
+    if threading.current_thread() is not threading.main_thread():  # it can't change signals
+        return process.start()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def in_process(options: dict[str, Any], num_pipes: int = 1) -> tuple[list[Connection], Any]:
     """Build an engine in a process of its own: the pipes to it, and the process.
 
@@ -63,7 +81,7 @@ def in_process(options: dict[str, Any], num_pipes: int = 1) -> tuple[list[Connec
     context = multiprocessing.get_context("spawn")
     ours, theirs = zip(*(context.Pipe() for _ in range(num_pipes)), strict=True)
     process = context.Process(target=work, args=(theirs, options), name="engine")
-    process.start()
+    start_deaf(process)
     for pipe in theirs:
         pipe.close()  # so that the end of the process is the end of the pipes
     return list(ours), process
@@ -79,7 +97,8 @@ def work(pipes: tuple[Connection, ...], options: dict[str, Any]) -> None:
     except Exception as error:
         first = (ValueError if isinstance(error, ValueError) else RuntimeError)(one_line(error))
     for pipe in pipes:
-        pipe.send(first)
+        with suppress(OSError):  # its other end is gone: the loop will see it
+            pipe.send(first)
     if isinstance(first, About):
         EngineLoop(llm, *pipes).run()
         llm.exit()

@@ -12,7 +12,7 @@ from nanovllm.serve.calls import error_body
 from nanovllm.serve.settings import ServeConfig
 
 OPEN_PATHS = "/", "/health"  # what needs no key
-LOCAL_HOSTS = "127.0.0.1", "localhost", "[::1]"
+LOCAL_HOSTS = "127.0.0.1", "localhost", "::1", "[::1]"
 PORT = re.compile(r":\d*$")
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import threading
+from contextlib import suppress
+from multiprocessing import Pipe
 from pathlib import Path
 
 import httpx
 import pytest
 from serving import Command, events, is_running, text_of, until
+
+from nanovllm.serve.client import Busy, EngineClient
+from nanovllm.serve.engine_process import About
 
 PROMPTS = [f"Once upon a time, {number} foxes" for number in range(40)]
 BODY = {"max_tokens": 24, "temperature": 0, "stream": True}
@@ -40,7 +46,10 @@ def processes(command: Command) -> list[int]:
 
 def num_sockets(pid: int) -> int:
     """How many sockets a process has open."""
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
+    links = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # it has been closed meanwhile
+            links.append(os.readlink(link))
     return sum(link.startswith("socket:") for link in links)
 
 
@@ -100,19 +109,18 @@ def test_when_one_is_killed_all_end(command, number):
         until(lambda pid=pid: not is_running(pid), "it ends, too")
 
 
+@pytest.mark.parametrize("to_all", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_those_inside_finish_in_every_process(command, number):
+def test_a_signal_lets_those_inside_finish_in_every_process(command, number, to_all):
+    """Sent to the first process, or to all: as a terminal does, and many supervisors."""
     server = command("--http-processes", "2")
     port, ended = server.ready(), []
     asking = threading.Thread(target=lambda: ended.extend(stream_all(port, ignore_eos=True)))
     asking.start()
     until(lambda: "running 0" not in httpx.get(f"http://127.0.0.1:{port}/metrics").text, "it runs")
     everyone = [server.process.pid, *processes(server)]
-    if number == signal.SIGINT:  # a terminal tells all
-        for pid in reversed(everyone):
-            os.kill(pid, number)
-    else:
-        os.kill(server.process.pid, number)
+    for pid in reversed(everyone) if to_all else everyone[:1]:
+        os.kill(pid, number)
     asking.join(100)
     status, said = server.end()
     assert status == 0 and "Traceback" not in said
@@ -129,3 +137,53 @@ def test_an_address_that_is_taken_is_shared_with_nobody(command, others):
     status, said = second.end(100)
     assert status == 1 and "can't listen at 127.0.0.1" in said and "Traceback" not in said
     assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+
+
+def test_an_address_is_taken_before_the_engine_is_there(command):
+    """Two that begin at once: one has it, the other is told, and nobody is served by both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = [command("--http-processes", "2", "--port", port) for _ in range(2)]
+    until(lambda: any(one.process.poll() is not None for one in both), "one gives up")
+    lost, kept = sorted(both, key=lambda one: one.process.poll() is None)
+    status, said = lost.end(100)
+    assert status == 1 and "can't listen at 127.0.0.1" in said
+    assert kept.ready() == int(port)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["engine", "beside"])
+def test_one_that_is_killed_before_the_engine_is_there_ends_all(command, number):
+    server = command("--http-processes", "2")
+    until(lambda: len(processes(server)) == 2, "all are started")
+    everyone = processes(server)
+    os.kill(everyone[number], signal.SIGKILL)
+    status, said = server.end(100)
+    assert status == 1 and "has ended" in said and "Traceback" not in said
+    for pid in everyone:
+        until(lambda pid=pid: not is_running(pid), "it ends, too")
+
+
+def test_ctrl_c_before_the_engine_is_there_ends_all_quietly(command):
+    server = command("--http-processes", "2")
+    until(lambda: len(processes(server)) == 2, "all are started")
+    everyone = [*processes(server), server.process.pid]
+    for pid in everyone:
+        os.kill(pid, signal.SIGINT)
+    status, said = server.end(100)
+    assert status == 130 and "Traceback" not in said
+    for pid in everyone:
+        until(lambda pid=pid: not is_running(pid), "it ends, too")
+
+
+def test_each_process_takes_its_share_and_a_single_call_may_have_all():
+    ours, theirs = Pipe()
+    theirs.send(About("", None, None, {}))
+    client = EngineClient(ours, max_open=8, share=2)
+    client.check_room(8)
+    with pytest.raises(ValueError, match="9 answers .* 8 may be"):
+        client.check_room(9)
+    client.answers = {0: None}
+    client.check_room(1)
+    with pytest.raises(Busy, match="1 requests are open, and 2 may be"):
+        client.check_room(2)

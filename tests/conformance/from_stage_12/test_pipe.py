@@ -14,7 +14,7 @@ import uvloop
 from nanovllm import SamplingParams
 from nanovllm.engine.requests import make_sequence
 from nanovllm.serve.client import EngineClient, pieces
-from nanovllm.serve.engine_loop import News
+from nanovllm.serve.engine_loop import WATCH, Ask, EngineLoop, News
 from nanovllm.serve.engine_process import About, about
 
 LARGE = 400_000  # tokens: more bytes than a socket takes at once
@@ -57,3 +57,32 @@ def test_large_messages_pass_both_ways_whoever_is_slow(llm, loop):
         assert runner.run(asyncio.wait_for(ask(), 60)) == [LARGE, LARGE]
     thread.join(10)
     assert [len(ask.token_ids) for ask in asked] == [LARGE, LARGE]
+
+
+def test_one_who_does_not_read_holds_up_nobody_else(llm):
+    """What is too large for his pipe waits, and the loop sleeps; when he reads, all is there."""
+    (slow, to_slow), (quick, to_quick) = Pipe(), Pipe()
+    loop = EngineLoop(llm, to_slow, to_quick)
+    large = tuple(News(1, [7] * LARGE, [], "length"))
+    loop.askers[to_slow.fileno()].untold.append(large)
+    thread = Thread(target=loop.run, daemon=True)
+    thread.start()
+    for key in range(3):
+        quick.send([Ask(key, [7, 8], SamplingParams(max_tokens=1), True)])
+        assert quick.poll(30), "it waits for the other"
+        (told,), _ = quick.recv()
+        assert News(*told).key == key and News(*told).finish_reason == "length"
+    slow.send([Ask(WATCH)])
+    began, used = time.monotonic(), time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - used < 0.5 * (time.monotonic() - began), "it does not sleep"
+    (told,), report = slow.recv()
+    assert told == large
+    while report is None:
+        assert slow.poll(30)
+        _, report = slow.recv()
+    assert report.failure is None
+    slow.close()
+    quick.send([None])
+    thread.join(30)
+    assert not thread.is_alive() and not loop.askers
