@@ -48,6 +48,9 @@ class Report(NamedTuple):
     metrics: bytes  # in Prometheus's text format
 
 
+MOST_NEWS = 512  # in a message, which is read in one go
+
+
 class Asker:
     """The engine's end of one pipe."""
 
@@ -61,9 +64,10 @@ class Asker:
         """Send what there is to tell, as far as the pipe has room; the rest later."""
         while self.rest or self.untold or self.report:
             if not self.rest:
-                text = pickle.dumps((self.untold, self.report))
+                text = pickle.dumps((self.untold[:MOST_NEWS], self.report))
                 self.rest = memoryview(struct.pack("!i", len(text)) + text)  # as `recv` wants it
-                self.untold, self.report = [], None
+                del self.untold[:MOST_NEWS]
+                self.report = None
             try:
                 self.rest = self.rest[self.door.send(self.rest, socket.MSG_DONTWAIT) :]
             except BlockingIOError:
