@@ -73,10 +73,6 @@ class Asker:
             except BlockingIOError:
                 return
 
-    def close(self) -> None:
-        self.door.close()
-        self.pipe.close()
-
 
 logger = logging.getLogger("nanovllm")
 
@@ -156,7 +152,8 @@ class EngineLoop:
         del self.askers[asker.pipe.fileno()]
         for key in [key for key in self.seqs if key[0] is asker]:
             self.forget(key)
-        asker.close()
+        for end in asker.door, asker.pipe:
+            end.close()
 
     def forget(self, key: tuple[Asker, int]) -> None:
         """Nobody waits for a request any more; it may have ended already."""
