@@ -99,6 +99,7 @@ SLOW = (
     "tests/test_cli.py",
     "tests/test_compile.py",
     "tests/test_kernels.py",
+    "tests/test_pages.py",
     "tests/test_tangle_notebook.py",
     "tests/test_tiny_corpus.py",
     "tests/test_tiny_model.py",

@@ -1,14 +1,10 @@
 """The chat page that the server sends: what its file holds, and what it does in a browser."""
 
 import base64
-import fcntl
 import hashlib
 import json
 import os
 import re
-import select
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import SIZES, Tab
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "nanovllm" / "serve" / "chat.html").read_text(encoding="utf-8")
 KEY = "a key for this test"
 LONG = {"temperature": 2, "seed": 1, "max_tokens": 3000}  # at this temperature it rarely ends
-SIZES = {"wide": (1400, 900), "phone": (390, 844)}
 
 
 class Elements(HTMLParser):
@@ -185,125 +181,8 @@ def server(tmp_path_factory) -> Iterator[str]:
             process.kill()
 
 
-class Browser:
-    """A headless Chromium, spoken to through a pair of pipes in its DevTools protocol."""
-
-    def __init__(self, program: str, folder: Path):
-        to_browser, self.writes = os.pipe()
-        self.reads, from_browser = os.pipe()
-        # It reads from 3 and writes to 4: ends that stand there themselves move out of the way.
-        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (to_browser, from_browser)]
-        command = [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-        command += ["--disable-dev-shm-usage", "--disable-background-networking", "--mute-audio"]
-        command += ["--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]
-        self.log = folder / "log"
-        self.pid = os.posix_spawn(
-            program,
-            command,
-            os.environ,
-            file_actions=[
-                (os.POSIX_SPAWN_DUP2, ends[0], 3),
-                (os.POSIX_SPAWN_DUP2, ends[1], 4),
-                (os.POSIX_SPAWN_OPEN, 1, str(self.log), os.O_WRONLY | os.O_CREAT, 0o600),
-                (os.POSIX_SPAWN_DUP2, 1, 2),
-            ],
-        )
-        for end in (to_browser, from_browser, *ends):
-            os.close(end)
-        self.held, self.number, self.events = b"", 0, []
-
-    def receive(self, end: float) -> dict[str, Any]:
-        """The next message."""
-        while b"\0" not in self.held:
-            if not select.select([self.reads], [], [], max(0, end - time.monotonic()))[0]:
-                raise TimeoutError("the browser says nothing")
-            if not (more := os.read(self.reads, 1 << 16)):
-                raise EOFError(f"the browser has ended: {self.log.read_text()[-2000:]}")
-            self.held += more
-        message, _, self.held = self.held.partition(b"\0")
-        return json.loads(message)
-
-    def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
-        """What a method returns; events that come meanwhile are kept."""
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params}
-        if session is not None:
-            message["sessionId"] = session
-        os.write(self.writes, json.dumps(message).encode() + b"\0")
-        end = time.monotonic() + 30
-        while (reply := self.receive(end)).get("id") != self.number:
-            self.events.append(reply)
-        assert "error" not in reply, (method, reply["error"])
-        return reply["result"]
-
-    def close(self) -> None:
-        try:
-            self.call("Browser.close")
-        finally:
-            os.close(self.writes)
-            os.close(self.reads)
-            end = time.monotonic() + 10
-            while os.waitpid(self.pid, os.WNOHANG) == (0, 0):
-                if time.monotonic() > end:
-                    os.kill(self.pid, signal.SIGKILL)
-                time.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[Browser]:
-    names = "chromium", "chromium-browser", "google-chrome"
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip(f"the page is tried in a browser, and none of {', '.join(names)} is on PATH")
-    browser = Browser(program, tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
-
-
-class Page:
+class Page(Tab):
     """The chat page in a tab of its own, as a reader sees and uses it."""
-
-    def __init__(self, browser: Browser, address: str, size: str, theme: str, before: str):
-        self.browser, self.address = browser, address
-        browser.events.clear()
-        self.context = browser.call("Target.createBrowserContext")["browserContextId"]
-        target = browser.call(
-            "Target.createTarget", url="about:blank", browserContextId=self.context
-        )["targetId"]
-        self.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"
-        ]
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.call(f"{domain}.enable")
-        self.resize(*SIZES[size], mobile=size == "phone")
-        scheme = {"name": "prefers-color-scheme", "value": theme}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.addScriptToEvaluateOnNewDocument", source=before)
-        self.call("Page.navigate", url=f"{address}/")
-        self.wait(f"location.href === '{address}/' && document.readyState === 'complete'")
-
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        return self.browser.call(method, self.session, **params)
-
-    def resize(self, width: int, height: int, *, mobile: bool) -> None:
-        size = {"width": width, "height": height, "mobile": mobile}
-        self.call("Emulation.setDeviceMetricsOverride", deviceScaleFactor=1, **size)
-
-    def see(self, expression: str) -> Any:
-        """What an expression is in the page."""
-        told = self.call(
-            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
-        )
-        assert "exceptionDetails" not in told, told
-        return told["result"].get("value")
-
-    def wait(self, expression: str, seconds: float = 30) -> Any:
-        """What an expression is in the page once that is true of anything."""
-        end = time.monotonic() + seconds
-        while not (value := self.see(expression)):
-            assert time.monotonic() < end, f"{expression} stays {value!r}: {self.text('body')}"
-            time.sleep(0.01)
-        return value
 
     def text(self, selector: str) -> str | None:
         """The text of the last element that is shown."""
@@ -362,29 +241,14 @@ class Page:
     def wait_for_end(self) -> None:
         self.wait("document.getElementById('stop').hidden")
 
-    def events(self, method: str) -> list[dict[str, Any]]:
-        self.see("0")  # what has happened before has been told by now
-        return [
-            event["params"]
-            for event in self.browser.events
-            if event.get("sessionId") == self.session and event.get("method") == method
-        ]
-
     def bodies(self) -> list[dict[str, Any]]:
         """What was asked of the model."""
         requests = [event["request"] for event in self.events("Network.requestWillBeSent")]
         return [json.loads(r["postData"]) for r in requests if r["method"] == "POST"]
 
     def faults(self) -> list[str]:
-        """What a script raised, what the policy forbade, and requests that went elsewhere."""
-        found = [str(event["exceptionDetails"]) for event in self.events("Runtime.exceptionThrown")]
-        for event in self.events("Log.entryAdded"):  # an HTTP status of 400 is one, of the network
-            if event["entry"]["level"] == "error" and event["entry"]["source"] != "network":
-                found.append(event["entry"]["text"])
-        found += [str(event) for event in self.events("Runtime.consoleAPICalled")]
-        asked = [event["request"]["url"] for event in self.events("Network.requestWillBeSent")]
-        assert f"{self.address}/v1/models" in asked
-        return found + [url for url in asked if not url.startswith(f"{self.address}/")]
+        assert f"{self.address}/v1/models" in self.requests()
+        return super().faults()
 
     def overflow(self) -> int:
         """By how many pixels anything is wider than the screen."""
@@ -425,12 +289,12 @@ def open_page(browser, server) -> Iterator[Any]:
     opened = []
 
     def open_one(size: str = "wide", theme: str = "light", before: str = WITH_KEY) -> Page:
-        opened.append(Page(browser, server, size, theme, before))
+        opened.append(Page(browser, f"{server}/", size, theme, before))
         return opened[-1]
 
     yield open_one
     for page in opened:
-        browser.call("Target.disposeBrowserContext", browserContextId=page.context)
+        page.close()
 
 
 STATS = (

@@ -1,0 +1,66 @@
+"""Every page of the built book, in a browser: it asks no other host, and all of it can be read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from browser import Tab
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILT = ROOT / "_build" / "html"
+SOURCES = sorted(path for name in ("book", "chapters") for path in (ROOT / name).glob("*.*"))
+PAGES = [
+    path.relative_to(ROOT).with_suffix("").as_posix()
+    for path in SOURCES
+    if path.suffix in (".md", ".ipynb")
+]
+# Pictures that could not be read, or have no words, and formulas that have not been set.
+PICTURES = "[...document.images].filter((one) => one.complete && !one.naturalWidth)"
+UNTOLD = "[...document.images].filter((one) => !one.alt || /[.](png|svg)$/.test(one.alt))"
+RAW_MATHS = (
+    "[...document.querySelectorAll('.math')].filter((one) => !one.querySelector('mjx-container'))"
+)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Sends files, and says nothing of it."""
+
+    def log_message(self, *rest) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def book() -> Iterator[str]:
+    """The address of the book, which is built where it has not been."""
+    if not (BUILT / "index.html").is_file():
+        build = [str(Path(sys.executable).parent / "jupyter-book"), "build", ".", "-q"]
+        subprocess.run(build, cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(BUILT)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("size, theme", [("wide", "light"), ("phone", "dark")])
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_whole_by_itself(browser, book, page, size, theme):
+    """No script error, no other host, no broken picture, no raw maths, nothing beside the page."""
+    tab = Tab(browser, f"{book}/{page}.html", size, theme)
+    try:
+        if tab.see("document.querySelector('.math') !== null"):
+            tab.wait("window.MathJax?.startup?.promise && true")
+            tab.see("MathJax.startup.promise.then(() => true)")
+        assert tab.faults() == []
+        assert tab.see(f"{PICTURES}.map((one) => one.src)") == []
+        assert tab.see(f"{UNTOLD}.map((one) => one.src)") == []
+        assert tab.see(f"{RAW_MATHS}.map((one) => one.textContent)") == []
+        assert tab.see("document.documentElement.scrollWidth - innerWidth") <= 0
+    finally:
+        tab.close()
