@@ -136,17 +136,19 @@ class Tab:
         ]
 
     def requests(self) -> list[str]:
-        """The addresses that were asked for, those of inlined data left out."""
-        urls = [event["request"]["url"] for event in self.events("Network.requestWillBeSent")]
-        return [url for url in urls if not url.startswith("data:")]
+        """The addresses that were asked for."""
+        return [event["request"]["url"] for event in self.events("Network.requestWillBeSent")]
 
-    def faults(self) -> list[str]:
-        """What a script raised, what the policy forbade, and requests that went elsewhere."""
+    def faults(self, is_theirs: bool = False) -> list[str]:
+        """What a script raised, what the policy forbade, and requests that went elsewhere.
+
+        is_theirs: the scripts and styles are those of a theme, which logs, and inlines data.
+        """
         found = [str(event["exceptionDetails"]) for event in self.events("Runtime.exceptionThrown")]
         for event in self.events("Log.entryAdded"):  # an HTTP status of 400 is one, of the network
             if event["entry"]["level"] == "error" and event["entry"]["source"] != "network":
                 found.append(event["entry"]["text"])
         said = self.events("Runtime.consoleAPICalled")
-        found += [str(event) for event in said if event["type"] != "log"]
-        host = "/".join(self.address.split("/")[:3])
-        return found + [url for url in self.requests() if not url.startswith(f"{host}/")]
+        found += [str(event) for event in said if not (is_theirs and event["type"] == "log")]
+        own = ("/".join(self.address.split("/")[:3]) + "/", *["data:"] * is_theirs)
+        return found + [url for url in self.requests() if not url.startswith(own)]

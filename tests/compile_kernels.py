@@ -163,8 +163,7 @@ def sums(dtype: torch.dtype, hidden: int, ranks: int) -> None:
 
 if __name__ == "__main__":
     pretend()
-    # Types differ alike on all GPUs: once is enough.
-    for dtype in (torch.bfloat16, torch.float32)[: 2 if CAPABILITY == 90 else 1]:
+    for dtype in (torch.bfloat16, torch.float32):
         attention(dtype, head_dim=128, group=2, block_size=256)
         layers(dtype, hidden=1024, heads=16, kv_heads=8, head_dim=128)
         mixture(dtype, hidden=2048, size=768, number=128, top=8)

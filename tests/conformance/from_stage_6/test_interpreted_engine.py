@@ -40,19 +40,7 @@ FAMILIES = {
 }
 
 
-OPTIONS = [
-    dict(kvcache_block_size=16),
-    dict(kvcache_block_size=7),
-    dict(kvcache_block_size=7, max_num_batched_tokens=5, num_kvcache_blocks=6),
-]
-CASES = [  # what families share need not be asked of each
-    (family, options)
-    for family in supported(FAMILIES)
-    for options in (OPTIONS if family[0] == "Qwen3" else OPTIONS[-1:])
-]
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=supported(FAMILIES), ids=lambda param: param[0])
 def folder(request, tmp_path_factory):
     """A random model of two layers, with groups of query heads and biases."""
     family, shape = request.param
@@ -76,10 +64,13 @@ def through_kernels(model: Path, calls: list, **options) -> dict:
 
 
 @pytest.mark.parametrize(
-    "folder, options",
-    CASES,
-    indirect=["folder"],
-    ids=[f"{family[0]}-{options}" for family, options in CASES],
+    "options",
+    [
+        dict(kvcache_block_size=16),
+        dict(kvcache_block_size=7),
+        dict(kvcache_block_size=7, max_num_batched_tokens=5, num_kvcache_blocks=6),
+    ],
+    ids=str,
 )
 def test_the_kernels_give_the_torch_paths_tokens(options, folder, make_llm):
     """A part of the requests comes twice, and finds its beginning in the cache."""
