@@ -1,7 +1,9 @@
 """Compile every kernel for a GPU that need not be there; print which were compiled.
 
 The interpreter runs kernels as Python and knows neither types nor shared memory, so it accepts
-what the compiler refuses. Usage: compile_kernels.py COMPUTE_CAPABILITY, as 90.
+what the compiler refuses. Nor does it know registers: what a program holds beyond them goes
+through memory, and a kernel that is right can take ten times as long.
+Usage: compile_kernels.py COMPUTE_CAPABILITY, as 90.
 """
 
 from __future__ import annotations
@@ -9,10 +11,15 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import re
+import subprocess
 import sys
+import tempfile
 from itertools import product
+from pathlib import Path
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -38,6 +45,8 @@ from nanovllm.kernels.store_kvcache import store_kvcache
 
 CAPABILITY = int(sys.argv[1])
 MULTIPROCESSORS, SHARED_MEMORY = {80: (108, 163 << 10), 90: (132, 227 << 10)}[CAPABILITY]
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+MOST_SPILLED = 256  # bytes of a thread, in 16-bit types: what is seldom used may go through memory
 compiled: set[str] = set()
 
 
@@ -63,7 +72,22 @@ def compile_only(self: JITFunction, *args, grid, warmup, **kwargs):
     name = self.fn.__name__
     assert kernel.metadata.shared <= SHARED_MEMORY, (name, kernel.metadata.shared, kwargs)
     assert ("griddepcontrol" in kernel.asm["ptx"]) == bool(kwargs.get("launch_pdl")), name
+    if CAPABILITY == 90 and kernel.hash not in measured and args[0].element_size() == 2:
+        measured.add(kernel.hash)
+        assert spilled(kernel) <= MOST_SPILLED, (name, spilled(kernel), kwargs)
     compiled.add(name)
+
+
+measured: set[str] = set()
+
+
+def spilled(kernel: triton.compiler.CompiledKernel) -> int:
+    """Bytes of a thread that its registers do not hold."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        told = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True)
+    return int(re.search(r"STACK:(\d+)", told.stdout)[1])
 
 
 def pretend() -> None:
@@ -141,6 +165,12 @@ def layers(dtype: torch.dtype, hidden: int, heads: int, kv_heads: int, head_dim:
         sample_filtered_(whole, logits[:1].repeat(rows, 1), draw, filters)
 
 
+def rows_in_registers(dtype: torch.dtype) -> None:
+    """Rows of matrices of published shapes, whole, and of SwiGLU two at a time."""
+    for size, silu in product((2048, 3584, 4096, 5120, 12288, 18944), (False, True)):
+        small_linear(torch.zeros(1, size, dtype=dtype), torch.zeros(64, size, dtype=dtype), silu)
+
+
 def mixture(dtype: torch.dtype, hidden: int, size: int, number: int, top: int) -> None:
     """Routing and experts, from a single token to more than any tile takes."""
     gate_up, down = (
@@ -168,6 +198,8 @@ if __name__ == "__main__":
         layers(dtype, hidden=1024, heads=16, kv_heads=8, head_dim=128)
         mixture(dtype, hidden=2048, size=768, number=128, top=8)
         sums(dtype, hidden=4096, ranks=2)
+    rows_in_registers(torch.bfloat16)
+    attention(torch.bfloat16, head_dim=128, group=7, block_size=256)
     attention(torch.bfloat16, head_dim=64, group=1, block_size=16)
     attention(torch.bfloat16, head_dim=128, group=8, block_size=64)
     attention(torch.float16, head_dim=128, group=1, block_size=128)

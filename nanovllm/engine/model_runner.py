@@ -28,7 +28,7 @@ from nanovllm.models import MODELS
 from nanovllm.parallel.group import get_group
 from nanovllm.utils.context import NUM_COUNTERS, Context, set_context
 from nanovllm.utils.loader import fill_with_noise, load_model
-from nanovllm.utils.torch_settings import DefaultDtype
+from nanovllm.utils.torch_settings import DefaultDtype, hand_back_memory
 
 
 class ModelRunner:
@@ -85,6 +85,7 @@ class ModelRunner:
         """Let go of model, cache and graphs, whoever still holds the runner; it can't run again."""
         del self.model, self.kv_cache
         self.graphs.recorded = {}
+        hand_back_memory()
 
     def allocate_kv_cache(self, config: Config) -> None:
         """The pool of `num_blocks` blocks, and how attention is to read it."""

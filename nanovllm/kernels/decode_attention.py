@@ -65,13 +65,10 @@ def store_part(
     tl.store(lse + at + row, weight, mask=row < GROUP)
 
 
-PARTS = tl.constexpr(32)  # that are joined at a time
-
-
 @triton.jit
 def join_parts(
     out, partial, lse, item, num_rows, used,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP_ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The mean of the parts' means, by their weights, PARTS at a time."""
     head, channel = tl.arange(0, GROUP_ROWS), tl.arange(0, HEAD_DIM)
@@ -105,7 +102,7 @@ def decode_kernel(
     table_stride, num_splits,
     BLOCK_SIZE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, GROUP_ROWS: tl.constexpr, TILE: tl.constexpr,
-    IS_SPLIT: tl.constexpr, IS_ORDERED: tl.constexpr, PDL: tl.constexpr,
+    IS_SPLIT: tl.constexpr, IS_ORDERED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence, key head and part of the context: GROUP query heads as rows."""
     seq, kv_head = tl.program_id(0) // NUM_KV_HEADS, tl.program_id(0) % NUM_KV_HEADS
@@ -132,7 +129,7 @@ def decode_kernel(
         tl.debug_barrier()  # all of this part is written before it is counted
         if tl.atomic_add(counters + item, 1, sem="acq_rel") >= used - 1:
             tl.store(counters + item, 0)
-            join_parts(out, partial, lse, item, num_rows, used, GROUP, HEAD_DIM, GROUP_ROWS)
+            join_parts(out, partial, lse, item, num_rows, used, GROUP, HEAD_DIM, GROUP_ROWS, PARTS)
 
 
 def splits_for(rows: int, device: torch.device) -> int:
@@ -166,15 +163,16 @@ def launch_decode(
     """Launch `decode_kernel`, whose arguments `paged_decode_attention` has made up."""
     block_size, num_kv_heads, head_dim = caches[0].shape[1:]
     group, pdl = q.shape[1] // num_kv_heads, overlaps(q)
+    group_rows = triton.next_power_of_2(group)
     # Measured: small tiles, for more parts, where a few sequences have the chip to themselves.
     tile, stages = (64, 3) if splits <= 4 and q.element_size() == 2 else (32, 2)
     decode_kernel[len(block_tables) * num_kv_heads, splits](
         out, *parts, q, *caches, block_tables, context_lens,
         context_lens if order is None else order, scale * LOG2_E, block_tables.stride(0), splits,
         BLOCK_SIZE=block_size, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim,
-        ROWS=max(16, triton.next_power_of_2(group)), GROUP_ROWS=triton.next_power_of_2(group),
-        TILE=tile, IS_SPLIT=splits > 1, IS_ORDERED=order is not None, PDL=pdl, launch_pdl=pdl,
-        num_warps=2, num_stages=stages,
+        ROWS=max(16, group_rows), GROUP_ROWS=group_rows, TILE=tile, IS_SPLIT=splits > 1,
+        IS_ORDERED=order is not None, PARTS=max(1, min(32, 8192 // (group_rows * head_dim))),
+        PDL=pdl, launch_pdl=pdl, num_warps=2, num_stages=stages,
     )  # fmt: skip
 
 

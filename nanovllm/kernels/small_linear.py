@@ -138,11 +138,12 @@ def launch_small(
     """Launch `small_linear_kernel`."""
     (num_tokens, size), num_rows, pdl = x.shape, out.shape[1], overlaps(x)
     padded = triton.next_power_of_2(size)
-    block = max(1, min(4, 16384 // padded))  # rows that the registers hold
+    held = padded * (2 if silu else 1)  # of a row, or of a gate and its partner
+    block = max(1, min(4, 16384 // held))  # rows that the registers of four warps hold
     small_linear_kernel[triton.cdiv(num_rows, block),](
         out, x, weight, out if bias is None else bias, num_tokens, num_rows,
         SIZE=size, PADDED=padded, BLOCK=block, SILU=silu, BIAS=bias is not None, PDL=pdl,
-        launch_pdl=pdl, num_warps=4,
+        launch_pdl=pdl, num_warps=4 if held <= 16384 else 16,
     )  # fmt: skip
 
 

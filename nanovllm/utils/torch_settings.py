@@ -1,5 +1,6 @@
-"""Settings of torch that would be the whole process's, kept to one engine's `with`."""
+"""What of torch is the whole process's: settings, kept to one engine's `with`, and memory."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -46,3 +47,10 @@ class DefaultDtype(TorchFunctionMode):
         if func is torch.empty:
             kwargs = {"dtype": self.dtype, **(kwargs or {})}
         return func(*args, **(kwargs or {}))
+
+
+def hand_back_memory() -> None:
+    """Let other processes have the GPU's memory that no tensor of this one holds any more."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -136,6 +136,17 @@ def test_exit_gives_the_model_back_though_its_runner_is_still_held():
     assert model() is None and runner is not None
 
 
+def test_exit_hands_the_gpus_memory_back_to_others_and_a_second_one_does_not(monkeypatch):
+    """The twin of a test on a GPU: torch keeps what is freed until it is told to let it go."""
+    llm, held = build(), []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(model() is not None))
+    model = weakref.ref(llm.model_runner.model)
+    llm.exit()
+    llm.exit()
+    assert held == [False]
+
+
 def test_exit_twice_is_fine_and_use_after_it_is_an_error():
     llm = build()
     begun = llm.stream("Hello")
