@@ -175,7 +175,7 @@ def test_silu_of_large_numbers():
     torch.testing.assert_close(found.cpu(), silu_and_mul_torch(x), rtol=1e-6, atol=1e-30)
 
 
-SIZES = [(1, 1), (8, 16), (13, 96), (131, 1000), (7, 5000)]
+SIZES = [(1, 1), (8, 16), (13, 96), (131, 1000), (7, 5000), (3, 18_000)]
 
 
 @each_dtype
@@ -396,10 +396,14 @@ def test_decode(shape, num_splits, ordered, dtype):
 @each_dtype
 @pytest.mark.parametrize("num_splits", [2, 18, 64])
 @pytest.mark.parametrize("place", [5, 1150])
-def test_decode_joins_many_parts(place, num_splits, dtype):
-    """More parts than are joined at a time; what counts most is in an early one, or a late one."""
-    batch = PagedBatch([(1, 1190), (1, 40), (1, 1)], 16, 3, 1, 64, dtype)
-    for head in range(3):
+@pytest.mark.parametrize("group, head_dim", [(3, 64), (7, 128)])
+def test_decode_joins_many_parts(group, head_dim, place, num_splits, dtype):
+    """More parts than are joined at a time: 32, or 8 where the registers hold no more.
+
+    What counts most is in an early one, or in a late one.
+    """
+    batch = PagedBatch([(1, 1190), (1, 40), (1, 1)], 16, group, 1, head_dim, dtype)
+    for head in range(min(group, 4)):
         at = place + 10 * head
         batch.k_cache[batch.tables[0, at // 16], at % 16, 0] = batch.q[0, head] * 0.4
     check(decode(batch, num_splits), batch.expected(3), factor=2)

@@ -16,7 +16,7 @@ from nanovllm.engine.memory import CPU_CACHE_BYTES, left_for_cache, reserved_mem
 from nanovllm.engine.result import Result, result_of, score_tokens
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import InputLayout, Inputs, Packer, Shape, Step, sampling_of
-from nanovllm.engine.warmup import warmup_steps
+from nanovllm.engine.warmup import two_layers_of_a_kind, warmup_steps
 from nanovllm.kernels.fixed_linear import MOST_TILES
 from nanovllm.kernels.fixed_order import fixed_order
 from nanovllm.kernels.jit import compiled_together
@@ -125,9 +125,10 @@ class ModelRunner:
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_reserved(self.device)
         sizes = self.max_num_tokens, self.max_num_seqs, self.max_model_len, self.block_size
-        self.compile_kernels(warmup_steps(*sizes))
-        for seqs in warmup_steps(*sizes):
-            self.launch(self.pack(seqs)).token_ids()
+        with two_layers_of_a_kind(self.model.model):
+            self.compile_kernels(warmup_steps(*sizes))
+            for seqs in warmup_steps(*sizes):
+                self.launch(self.pack(seqs)).token_ids()
         self.step_bytes = torch.cuda.max_memory_reserved(self.device) - before
         with self.own_settings():
             self.graph_bytes = self.graphs.estimate_bytes(self.graph_shapes(config), self.device)

@@ -1,8 +1,13 @@
 """The steps that an engine runs once before it serves: the largest, and one of every variant."""
 
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
 
 from nanovllm.engine.sequence import Sequence
+from nanovllm.models.qwen3 import Qwen3Model
 from nanovllm.sampling_params import SamplingParams
 
 FILTERED = SamplingParams(top_k=1, top_p=0.5, logprobs=1)  # which takes the most memory
@@ -39,3 +44,16 @@ def warmup_steps(
         yield [plain] * rows
     for i in range(1, max_num_tokens.bit_length()):
         yield prompts(1 << i)
+
+
+@contextmanager
+def two_layers_of_a_kind(model: Qwen3Model) -> Iterator[None]:
+    """A model without the layers that launch once more what two others have launched."""
+    layers, kinds = model.layers, defaultdict[type, list[nn.Module]](list)
+    for layer in layers:
+        kinds[type(layer)].append(layer)
+    model.layers = nn.ModuleList(layer for alike in kinds.values() for layer in alike[:2])
+    try:
+        yield
+    finally:
+        model.layers = layers

@@ -143,7 +143,7 @@ def launch_small(
     small_linear_kernel[triton.cdiv(num_rows, block),](
         out, x, weight, out if bias is None else bias, num_tokens, num_rows,
         SIZE=size, PADDED=padded, BLOCK=block, SILU=silu, BIAS=bias is not None, PDL=pdl,
-        launch_pdl=pdl, num_warps=4 if held <= 16384 else 16,
+        launch_pdl=pdl, num_warps=4 if held <= 16384 else 8,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from device import ON_GPU, offered
 from replaying import record
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.warmup import warmup_steps
+from nanovllm.engine.warmup import two_layers_of_a_kind, warmup_steps
 from nanovllm.kernels import decode_attention, norm_rope_store
 
 pytestmark = [
@@ -25,7 +25,7 @@ VOCAB = 320
 FIXED = [fixed] if (fixed := offered(batch_invariant=True)) else []  # where there is the option
 
 
-SHAPE = dict(num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+SHAPE = dict(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4, head_dim=16)
 FAMILIES = {
     "Qwen3": SHAPE,
     "Qwen3Moe": SHAPE | dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24),
@@ -34,7 +34,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module", params=supported(FAMILIES), ids=lambda param: param[0])
 def folder(request, tmp_path_factory):
-    """One layer, with groups of query heads and a head that is a matrix of its own."""
+    """Layers with groups of query heads, and a head that is a matrix of its own."""
     family, shape = request.param
     return save_random(tmp_path_factory.mktemp("keys"), shape, family=family)
 
@@ -45,8 +45,10 @@ def warmed_up(folder, is_recorded: bool, **options) -> LLM:
     llm = LLM(folder, device="cpu", attention_backend="triton", **options)
     runner = llm.model_runner
     sizes = runner.max_num_tokens, runner.max_num_seqs, runner.max_model_len, runner.block_size
-    for seqs in warmup_steps(*sizes):
-        runner.launch(runner.pack(seqs)).token_ids()
+    with two_layers_of_a_kind(runner.model.model):
+        for seqs in warmup_steps(*sizes):
+            runner.launch(runner.pack(seqs)).token_ids()
+    assert len(runner.model.model.layers) == SHAPE["num_hidden_layers"]
     if is_recorded:
         record(llm, (32, 64))
     return llm
