@@ -100,15 +100,20 @@ def parts_of(shape: str, batch: int, length: int) -> None:
     say(kernel="decode", **about, parts_at_a_time=found, chosen=round(1e6 * chosen, 1))
 
 
+DENSE = "qwen3-0.6b", "llama-3.2-1b", "qwen3-8b", "qwen2.5-7b", "qwen3-32b"
+
+
 def main() -> None:
-    """All sizes of all shapes."""
-    for shape in ("qwen3-0.6b", "llama-3.2-1b", "qwen3-8b", "qwen2.5-7b", "qwen3-30b-a3b"):
+    """All sizes of the shapes that are named, or of all."""
+    shapes = sys.argv[1:] or (*DENSE, "qwen3-30b-a3b")
+    for shape in shapes:
         for context in CONTEXTS:
             parts_of(shape, *context)
-    for shape in ("qwen3-0.6b", "llama-3.2-1b", "qwen3-8b", "qwen2.5-7b", "qwen3-32b"):
+    for shape in shapes:
         hidden, inner = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
-        rows_of(f"{shape}, gate and up", 2 * inner, hidden, silu=True)
-        rows_of(f"{shape}, down", hidden, inner, silu=False)
+        if shape in DENSE:
+            rows_of(f"{shape}, gate and up", 2 * inner, hidden, silu=True)
+            rows_of(f"{shape}, down", hidden, inner, silu=False)
 
 
 if __name__ == "__main__":
