@@ -164,8 +164,11 @@ def launch_decode(
     block_size, num_kv_heads, head_dim = caches[0].shape[1:]
     group, pdl = q.shape[1] // num_kv_heads, overlaps(q)
     group_rows = triton.next_power_of_2(group)
-    # Measured: small tiles, for more parts, where a few sequences have the chip to themselves.
+    # Measured: small tiles, for more parts, where a few sequences have the chip to themselves;
+    # but for one or two of them no more parts than are joined soon.
     tile, stages = (64, 3) if splits <= 4 and q.element_size() == 2 else (32, 2)
+    if splits > 32 and group_rows * head_dim >= 512 and q.element_size() == 2:
+        tile = 64
     decode_kernel[len(block_tables) * num_kv_heads, splits](
         out, *parts, q, *caches, block_tables, context_lens,
         context_lens if order is None else order, scale * LOG2_E, block_tables.stride(0), splits,
