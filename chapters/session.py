@@ -109,6 +109,19 @@ def changes() -> None:
     display({"text/html": f"<pre>{text}</pre>" + "".join(folds), "text/plain": text}, raw=True)
 
 
+def verify(exercise: str, **answers: Any) -> None:
+    """Check an exercise: the engine as the executed cells have it, or answers to its questions."""
+    import exercises
+
+    session = _opened()
+    if session.stale:
+        _update(session)
+    try:
+        print(f"{exercise}: {exercises.verify(exercise, **answers)}")
+    except exercises.Wrong as error:
+        print(f"{exercise}: not yet. {error}")
+
+
 # ---- Around every cell ----
 
 

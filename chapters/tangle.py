@@ -3,7 +3,8 @@
 A code cell whose first line is `#| export: nanovllm/…/x.py` belongs to that module, and one with
 `#| delete: nanovllm/…/x.py::name, Class.member` removes names. Cells merge by name, in order.
 
-In a notebook: `start(k)`, `changes()`, and `checkpoint()` for who wants to say when.
+In a notebook: `start(k)`, `changes()`, `verify(exercise)`, and `checkpoint()` for who wants to say
+when.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from cells import TangleError
 from merge import Package
-from session import changes, checkpoint, start
+from session import changes, checkpoint, start, verify
 from stages import (
     HERE,
     chapters,
@@ -42,6 +43,7 @@ __all__ = [
     "package",
     "stage",
     "start",
+    "verify",
     "write_stage",
 ]
 MOST_DEFINITIONS = 3

@@ -98,6 +98,7 @@ SLOW = (
     "tests/test_chat_page.py",
     "tests/test_cli.py",
     "tests/test_compile.py",
+    "tests/test_exercises.py",
     "tests/test_kernels.py",
     "tests/test_pages.py",
     "tests/test_tangle_notebook.py",

@@ -73,6 +73,26 @@ def test_edited_cell_changes_the_package_without_a_restart(kernel):
     assert notebook.run(look) == "3 3 True <class 'object'>\n"
 
 
+def test_an_exercise_is_checked_on_the_package_as_executed(kernel):
+    notebook = kernel()
+    notebook.run(OPEN)
+    right = 'tangle.verify("naive-cost", naive=14_950, ideal=199, tenfold=11)'
+    assert notebook.run(right) == "naive-cost: right\n"
+    wrong = notebook.run(right.replace("199", "200"))
+    assert wrong.startswith("naive-cost: not yet. ideal is not 200: ")
+    assert notebook.run('tangle.verify("x")').startswith("x: not yet. there is no exercise 'x'")
+    notebook.run(EDIT.format(2))
+    notebook.run(
+        "import exercises, nanovllm.m\n"
+        "@exercises.exercise\ndef two() -> None:\n"
+        "    import nanovllm.m\n    if nanovllm.m.X().f() != 2:\n"
+        "        raise exercises.Wrong('it is not 2')"
+    )
+    assert notebook.run("tangle.verify('two')") == "two: right\n"
+    notebook.run(EDIT.format(3))
+    assert notebook.run("tangle.verify('two')") == "two: not yet. it is not 2\n"
+
+
 def test_chapter_1_starts_from_chapter_0_and_chapter_0_from_nothing(kernel):
     notebook = kernel()
     folder = Path(notebook.client.resources["metadata"]["path"])
