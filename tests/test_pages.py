@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from browser import Tab
+
+from stages import INIT, last, stage
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "_build" / "html"
@@ -64,3 +68,30 @@ def test_a_page_is_whole_by_itself(browser, book, page, size, theme):
         assert tab.see("document.documentElement.scrollWidth - innerWidth") <= 0
     finally:
         tab.close()
+
+
+def test_terms_of_a_chapter_lead_to_the_glossary_and_each_once(book):
+    glossary = (BUILT / "book/glossary.html").read_text("utf-8")
+    for page in (page for page in PAGES if page.startswith("chapters/")):
+        text = (BUILT / f"{page}.html").read_text("utf-8")
+        found = re.findall(r'<a class="term[^"]*" href="../book/glossary.html#([^"]+)"', text)
+        assert len(found) == len(set(found)) > 2, (page, found)
+        assert all(f'id="{place}"' in glossary for place in found)
+
+
+def test_a_page_says_what_it_is_to_those_who_link_to_it(book):
+    for page in PAGES:
+        text = (BUILT / f"{page}.html").read_text("utf-8")
+        told = re.findall(r'<meta name="description" content="([^"]+)"', text)
+        assert len(told) == 1 and len(told[0]) > 30, (page, told)
+        assert 'rel="icon"' in text
+
+
+def test_the_package_of_each_chapter_is_a_file_that_the_set_up_links(book):
+    links = re.findall(r'href="../(stages/[^"]+)"', (BUILT / "book/setup.html").read_text("utf-8"))
+    assert len(links) == last()
+    for number, link in enumerate(links, start=1):
+        with zipfile.ZipFile(BUILT / link) as file:
+            files = {name: file.read(name).decode() for name in file.namelist()}
+        assert files.pop("LICENSE")
+        assert files == {**INIT, **stage(number)}
