@@ -116,3 +116,15 @@ def test_module_and_console_script_are_one_program() -> None:
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     assert "generate" in shown.stdout
+
+
+@pytest.mark.parametrize("page", [name for name in tracked() if re.match(r"book/.*\.md$", name)])
+def test_every_test_that_a_page_names_is_there(page):
+    """As a function or as a file: a page that promises a test must not outlive it."""
+    tests = [name for name in tracked() if re.match(r"tests/.*test_\w+\.py$", name)]
+    there = {Path(name).name for name in tests}
+    there |= {
+        found for name in tests for found in re.findall(r"def (test_\w+)\(", text(name) or "")
+    }
+    named = set(re.findall(r"`(?:[\w/]*/)?(test_\w+(?:\.py)?)`", text(page) or ""))
+    assert named <= there, named - there
