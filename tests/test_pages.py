@@ -70,6 +70,24 @@ def test_a_page_is_whole_by_itself(browser, book, page, size, theme):
         tab.close()
 
 
+def test_a_recording_is_paged_through_by_its_buttons_and_its_slider(browser, book):
+    tab = Tab(browser, f"{book}/book/life_of_a_request.html", "wide", "light")
+    title = "document.querySelector('.player .frame:not([hidden]) p').textContent"
+    try:
+        assert tab.see("document.querySelectorAll('.player .frame:not([hidden])').length") == 1
+        assert tab.see(title).startswith("step 4 of ")
+        tab.see("document.querySelector('.player button:last-of-type').click()")
+        assert tab.see(title).startswith("step 5 of ")
+        move = "const one = document.querySelector('.player input'); one.value = 0;"
+        tab.see(f"(() => {{ {move} one.dispatchEvent(new Event('input')); }})()")
+        assert tab.see(title).startswith("step 1 of ")
+        tab.see("document.querySelector('.player button').click()")  # there is none before
+        assert tab.see(title).startswith("step 1 of ")
+        assert tab.faults(is_theirs=True) == []
+    finally:
+        tab.close()
+
+
 def test_terms_of_a_chapter_lead_to_the_glossary_and_each_once(book):
     glossary = (BUILT / "book/glossary.html").read_text("utf-8")
     for page in (page for page in PAGES if page.startswith("chapters/")):

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
+from player import play
 from recorder import Trace, draw_occupancy, draw_pool, draw_timeline, record
 
 OPTIONS = dict(
@@ -169,3 +170,21 @@ def test_figures_against_steps_do_not_depend_on_the_clock(trace: Trace, size, tm
             figure.savefig(tmp_path / "page.svg", metadata={"Date": None})
         pages.append((tmp_path / "page.svg").read_bytes())
     assert pages[0] == pages[1]
+
+
+def test_a_recording_can_be_paged_through(llm: LLM) -> None:
+    """Each step is a frame, one of them in view, and says what all requests do."""
+    trace, _ = run(llm)
+    if not trace.num_blocks:
+        return  # this engine has no blocks to show
+    html = play(trace, still=1)._repr_html_()
+    frames = html.split('<div class="frame"')[1:]
+    assert len(frames) == len(trace.steps)
+    assert [frame.startswith(" hidden") for frame in frames] == [i != 1 for i in range(len(frames))]
+    for step, shown in zip(trace.steps, frames):
+        assert shown.count("<span ") == trace.num_blocks and shown.count("<tr>") == len(SHAPES)
+        assert shown.count("gives its blocks back") == len(step.preempted)
+        assert shown.count("ends") == len(step.finished)
+        for part in step.parts:
+            at = part.start + part.num_tokens - 1
+            assert f" to {at}" in shown if part.num_tokens > 1 else f"token {at}" in shown

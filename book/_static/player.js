@@ -1,0 +1,26 @@
+// Frames that a notebook has stored, one at a time: buttons, a slider, arrow keys.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const player of document.querySelectorAll(".player")) {
+    const frames = [...player.querySelectorAll(".frame")];
+    const slider = Object.assign(document.createElement("input"), {
+      type: "range", min: 0, max: frames.length - 1, value: player.dataset.still,
+    });
+    slider.setAttribute("aria-label", "step");
+    const show = () => frames.forEach((frame, i) => (frame.hidden = i !== Number(slider.value)));
+    const button = (text, label, by) => {
+      const made = Object.assign(document.createElement("button"), { type: "button", textContent: text });
+      made.setAttribute("aria-label", label);
+      made.addEventListener("click", () => {
+        slider.value = Number(slider.value) + by;
+        show();
+      });
+      return made;
+    };
+    slider.addEventListener("input", show);
+    const bar = document.createElement("div");
+    bar.className = "bar";
+    bar.append(button("◀", "one step back", -1), slider, button("▶", "one step on", 1));
+    player.prepend(bar);
+    show();
+  }
+});
