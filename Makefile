@@ -9,7 +9,7 @@ DEMO := $(VENV)/.stamp-demo
 FULL := $(VENV)/.stamp-full
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test real clients soak gpu book figures ladder notebooks tangle format clean
+.PHONY: help demo check test real clients soak gpu book pdf figures ladder notebooks tangle format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,9 @@ gpu: $(FULL)  ## on a GPU: kernels, the conformance suite, 20,000 requests throu
 
 book: $(FULL)  ## build the book from the stored outputs
 	@$(BIN)/jupyter-book build . -W --keep-going -q
+
+pdf: book  ## print the book into one PDF (needs Chromium)
+	@$(BIN)/python book/pdf.py
 
 figures: $(FULL)  ## draw every diagram and ladder anew, from code and stored numbers
 	@$(BIN)/python book/figures/diagrams.py

@@ -17,6 +17,7 @@ class Browser:
     """A headless Chromium, spoken to through a pair of pipes in its DevTools protocol."""
 
     def __init__(self, program: str, folder: Path):
+        self.program = program
         to_browser, self.writes = os.pipe()
         self.reads, from_browser = os.pipe()
         # It reads from 3 and writes to 4: ends that stand there themselves move out of the way.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -14,10 +15,14 @@ from pathlib import Path
 
 import pytest
 from browser import Tab
+from pypdf import PdfReader
 
 from stages import INIT, last, stage
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "book"))
+import pdf  # noqa: E402
+
 BUILT = ROOT / "_build" / "html"
 SOURCES = sorted(path for name in ("book", "chapters") for path in (ROOT / name).glob("*.*"))
 PAGES = [
@@ -86,6 +91,18 @@ def test_a_recording_is_paged_through_by_its_buttons_and_its_slider(browser, boo
         assert tab.faults(is_theirs=True) == []
     finally:
         tab.close()
+
+
+def test_a_page_is_printed_with_nothing_folded(browser, book, tmp_path):
+    """All lines of all cells, those of folded ones as well; the frame of a recording in view."""
+    name = "book/life_of_a_request"
+    pdf.print_page(browser.program, name, tmp_path / "a.pdf")
+    printed = "".join(page.extract_text() for page in PdfReader(tmp_path / "a.pdf").pages)
+    cells = json.loads((ROOT / f"{name}.ipynb").read_text("utf-8"))["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    flat = re.sub(r"\s", "", printed)
+    missing = [line for line in code.splitlines() if re.sub(r"\s", "", line) not in flat]
+    assert missing == [] and "step4of" in flat and "step5of" not in flat
 
 
 def test_terms_of_a_chapter_lead_to_the_glossary_and_each_once(book):

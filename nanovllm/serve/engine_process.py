@@ -3,11 +3,11 @@
 import json
 import multiprocessing
 import signal
-import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -63,14 +63,16 @@ def sampling_defaults(folder: Path) -> dict[str, float]:
 
 
 def start_deaf(process: BaseProcess) -> None:
-    """Start a process that a terminal's Ctrl-C does not reach: whoever starts it decides."""
-    if threading.current_thread() is not threading.main_thread():  # it can't change signals
-        return process.start()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Start a process that a terminal's Ctrl-C does not reach: whoever starts it decides.
+
+    It inherits that the signal is blocked. One that comes here meanwhile is not lost: it waits.
+    """
+    ensure_running()  # else `start` does it, and lets the signal through behind it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def in_process(options: dict[str, Any], num_pipes: int = 1) -> tuple[list[Connection], Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import socket
 import threading
+import time
 from contextlib import suppress
 from multiprocessing import Pipe
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from serving import Command, events, is_running, text_of, until
 
 from nanovllm.serve.client import Busy, EngineClient
-from nanovllm.serve.engine_process import About
+from nanovllm.serve.engine_process import About, start_deaf
 
 PROMPTS = [f"Once upon a time, {number} foxes" for number in range(40)]
 BODY = {"max_tokens": 24, "temperature": 0, "stream": True}
@@ -174,6 +176,30 @@ def test_ctrl_c_before_the_engine_is_there_ends_all_quietly(command):
     assert status == 130 and "Traceback" not in said
     for pid in everyone:
         until(lambda pid=pid: not is_running(pid), "it ends, too")
+
+
+def test_ctrl_c_that_comes_while_a_process_is_started_is_not_lost():
+    heard, before = [], signal.signal(signal.SIGINT, lambda *_: heard.append("Ctrl-C"))
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+
+    class Interrupted:
+        """Starts the process, in the moment in which somebody presses the keys."""
+
+        def start(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            process.start()
+            assert heard == []  # not yet: it would be taken for the process's own
+
+    try:
+        start_deaf(Interrupted())
+        until(lambda: heard == ["Ctrl-C"], "it is heard here")
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.5)
+        assert process.is_alive() and heard == ["Ctrl-C"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+        process.kill()
+        process.join()
 
 
 def test_each_process_takes_its_share_and_a_single_call_may_have_all():

@@ -24,3 +24,8 @@ document.addEventListener("DOMContentLoaded", () => {
     show();
   }
 });
+
+// On paper nothing is folded.
+addEventListener("beforeprint", () => {
+  for (const folded of document.querySelectorAll("details")) folded.open = true;
+});
