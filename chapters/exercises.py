@@ -198,7 +198,20 @@ def common_prompt(share_16: float, share_256: float) -> None:
     near("share_256", share_256, 0.64, "one whole block of 256 fits into 300 tokens")
 
 
+@exercise
+def release_order(found: float) -> None:
+    """Blocks that the second request for the first text finds."""
+    near("found", found, 0, "the first block of the text is the first to be overwritten", 0)
+
+
 # ---- Chapter 5 ----
+
+
+@exercise
+def oldest_first(ends_first: float) -> None:
+    """Of request 0, which came first, and request 1."""
+    hint = "where request 1 needs a block, request 0 gives all of its own"
+    near("ends_first", ends_first, 1, hint, 0)
 
 
 @exercise
@@ -241,6 +254,12 @@ def fused_bytes(before: float, after: float) -> None:
     """Bytes of a token."""
     near("before", before, 128 * 256, "48 heads for the norms, 48 for the turns, 32 for the copies")
     near("after", after, 64 * 256, "32 heads are read, and as many written")
+
+
+@exercise
+def sizes(padded: float) -> None:
+    """Rows of a decode step at batch 130."""
+    near("padded", padded, 256, "it takes the smallest power of two that holds it", 0)
 
 
 @exercise
