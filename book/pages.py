@@ -91,7 +91,7 @@ def tell_others(app: Sphinx, page: str, template: str, context: dict[str, Any], 
         return
     words = first.astext().split()
     text = " ".join(words[:MOST_WORDS]) + (" …" if len(words) > MOST_WORDS else "")
-    tags = {"og:title": context.get("title", ""), "og:type": "article", "og:description": text}
+    tags = {"og:title": app.env.titles[page].astext(), "og:type": "article", "og:description": text}
     lines = [f'<meta name="description" content="{escape(text)}" />']
     lines += [f'<meta property="{k}" content="{escape(v)}" />' for k, v in tags.items()]
     context["metatags"] = context.get("metatags", "") + "\n".join(lines)

@@ -5,6 +5,7 @@ Needs the built pages, and a Chromium. Prints where the file is.
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 import subprocess
@@ -14,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from pypdf import PdfWriter
+from pypdf import PageObject, PdfWriter
+from pypdf.generic import ArrayObject, NameObject
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "_build" / "html"
@@ -34,8 +36,8 @@ def pages() -> Iterator[str]:
             yield chapter["file"]
 
 
-def print_page(browser: str, page: str, out: Path) -> None:
-    """One page, its cells and solutions unfolded; RuntimeError where nothing comes of it."""
+def print_page(browser: str, page: str, out: Path) -> str:
+    """Print a page, its cells and solutions unfolded; its title. RuntimeError if it fails."""
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer"]
     command += [f"--virtual-time-budget={PATIENCE_MS}", f"--print-to-pdf={out}"]
     unfolded = BUILT / f"{page}.print.html"  # beside the page: its links are relative
@@ -48,6 +50,17 @@ def print_page(browser: str, page: str, out: Path) -> None:
         unfolded.unlink()
     if not out.is_file():
         raise RuntimeError(f"{page} was not printed: {done.stderr.strip()[-500:]}")
+    return html.unescape(re.search("<title>(.*?)</title>", text, re.DOTALL)[1]).partition(" — ")[0]
+
+
+def drop_local_links(sheet: PageObject) -> None:
+    """Links to other pages are files of this machine: on paper they lead nowhere."""
+    kept = ArrayObject()
+    for one in sheet.get("/Annots", ()):
+        action = one.get_object().get("/A", {})
+        if not str(action.get("/URI", "")).startswith("file:"):
+            kept.append(one)
+    sheet[NameObject("/Annots")] = kept
 
 
 def main(only: list[str]) -> None:
@@ -55,12 +68,13 @@ def main(only: list[str]) -> None:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         sys.exit(f"a PDF is printed by a browser: none of {', '.join(BROWSERS)} is installed")
-    whole, target = PdfWriter(), BUILT.parent / "nanovllm.pdf"
+    whole, target = PdfWriter(), BUILT.parent / ("some_pages.pdf" if only else "nanovllm.pdf")
     with tempfile.TemporaryDirectory() as folder:
         for number, page in enumerate(only or pages()):
             part = Path(folder, f"{number}.pdf")
-            print_page(browser, page, part)
-            whole.append(part, outline_item=page.rpartition("/")[2])
+            whole.append(part, outline_item=print_page(browser, page, part))
+        for sheet in whole.pages:
+            drop_local_links(sheet)
         whole.write(target)
     print(f"{target.relative_to(ROOT)}: {len(whole.pages)} pages")
 

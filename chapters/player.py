@@ -33,6 +33,7 @@ class Player:
 
 def play(trace: Trace, still: int = 0) -> Player:
     """The steps of an engine that has blocks, the one of number `still` (from 0) in view."""
+    still = min(still, len(trace.steps) - 1)
     return Player([frame(trace, number) for number in range(len(trace.steps))], still)
 
 

@@ -64,6 +64,8 @@ def sample_torch(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tenso
     is_greedy = (sampling.temperatures == 0) | (greedy < 0)
     scores = logits.float() - best.unsqueeze(1)
     scores = scores / sampling.temperatures.clamp(min=2.0**-126).unsqueeze(1)
+    if (rows := sampling.filtered) is not None:
+        scores[rows] = keep_likely(scores[rows], *(x[rows] for x in sampling.filters))
     low = scores.log_softmax(dim=-1) < sampling.epsilons.log().unsqueeze(1)
     scores = scores.masked_fill(low & (scores < 0), -torch.inf)
     noise = exponential_noise(sampling.seeds, sampling.positions, logits.shape[-1])
@@ -73,11 +75,18 @@ def sample_torch(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tenso
 class ModelRunner(ModelRunner):
     def prepare_sample(self, seqs: list[Sequence]) -> SamplingTensors:
         params = [seq.params for seq in seqs]
+        filtered = [row for row, p in enumerate(params) if is_filtered(p)]
         return SamplingTensors(
             temperatures=self.tensor([p.temperature for p in params], torch.float32),
             seeds=self.tensor([seq.seed for seq in seqs]),
             positions=self.tensor([len(seq) for seq in seqs]),
             all_greedy=all(p.temperature == 0 for p in params),
+            filters=(
+                self.tensor([p.top_k for p in params]),
+                self.tensor([p.top_p for p in params], torch.float32),
+                self.tensor([p.min_p for p in params], torch.float32),
+            ),
+            filtered=self.tensor(filtered) if filtered else None,
             epsilons=self.tensor([p.epsilon for p in params], torch.float32),
         )
 """,
@@ -150,7 +159,7 @@ def test_right_answers_are_right_and_each_wrong_one_is_told(name):
     assert exercises.verify(name, **answers) == "right"
     for key, value in answers.items():
         wrong = (lambda a, b: a) if callable(value) else 1.5 * value + (value == 0)
-        with pytest.raises(exercises.Wrong, match=r"is not|joining"):
+        with pytest.raises(exercises.Wrong, match=r"is not|joining|makes no"):
             exercises.verify(name, **{**answers, key: wrong})
     with pytest.raises(exercises.Wrong, match="asks for"):
         exercises.verify(name)

@@ -1,8 +1,9 @@
-"""Prose has no rate and no duration that nobody has measured: each is an output, or says whose.
+"""A rate or a duration in prose is an output, or its paragraph says where it is from.
 
 A number with such a unit must be found, as it is rounded, among the outputs of its page, of a
-chapter that its paragraph names, or of what a script has left in book/measure/. Or its paragraph,
-or the one above it, says that it was measured apart, or cites where it is from.
+chapter that its paragraph names, or in what a script has left in book/measure/. Or its paragraph,
+or the one above it, says that it was measured apart, or cites where it is from. This finds what an
+output no longer says; a number of one or two figures it may find where it is not meant.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NUMBER = r"\d[\d,]*(?:\.\d+)?"
 UNIT = r"(?:µs|us|ms|tokens/s|tokens a second|[GT]B/s|[TP]FLOP/s|pieces/s)"
-MEASURED = re.compile(rf"({NUMBER})(?: (?:to|and) {NUMBER})? ?{UNIT}\b")
+MEASURED = re.compile(rf"({NUMBER})(?: (?:to|and) ({NUMBER}))? ?({UNIT})\b")
 SAYS_WHOSE = re.compile(r"apart from this page|book/(?:tried|measured)|\(measured\.md\)|\{cite")
-SCALES = 1, 1e-3, 1e3, 1e-6, 1e6  # an output may have another unit, or be a rate for a duration
+SCALES = {  # what an output may be multiplied with to have another unit
+    "tokens/s": (1,), "tokens a second": (1,), "pieces/s": (1,),
+    "ms": (1, 1e3, 1e-3), "µs": (1, 1e3, 1e6), "us": (1, 1e3, 1e6),
+}  # fmt: skip
+PER_UNIT = {"ms": 1e3, "µs": 1e6, "us": 1e6}  # a duration may be one of a rate's
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for place in ("chapters/*.ipynb", "book/*.ipynb", "book/*.md", "README.md")
@@ -60,15 +65,16 @@ def outputs(page: str) -> set[float]:
     return found
 
 
-def is_found(told: str, known: set[float]) -> bool:
+def is_found(told: str, known: set[float], unit: str) -> bool:
     """Is a number, as it is rounded, one of these?"""
     digits = told.replace(",", "")
     value, places = float(digits), len(digits.partition(".")[2])
     figures = len(digits.replace(".", "").strip("0")) or 1
     last = floor(log10(value or 1)) - figures + 1  # the place of its last figure that is no 0
     near = 0.505 * 10 ** max(last, -places)
-    known = known | {1 / one for one in known if one}
-    return any(abs(one * scale - value) <= near for one in known for scale in SCALES)
+    found = {one * scale for one in known for scale in SCALES.get(unit, (1, 1e-3, 1e3))}
+    found |= {PER_UNIT[unit] / one for one in known if one and unit in PER_UNIT}
+    return any(abs(one - value) <= near for one in found)
 
 
 def unknown(page: str) -> list[str]:
@@ -86,7 +92,7 @@ def unknown(page: str) -> list[str]:
                 found += [
                     paragraph[max(0, match.start() - 60) : match.end() + 20]
                     for match in MEASURED.finditer(paragraph)
-                    if not is_found(match[1], known)
+                    if not all(is_found(n, known, match[3]) for n in match.groups()[:2] if n)
                 ]
             above = paragraph
     return found
@@ -98,19 +104,21 @@ def test_every_rate_and_duration_was_measured(page):
 
 
 @pytest.mark.parametrize(
-    ("told", "known", "is_right"),
+    ("told", "unit", "known", "is_right"),
     [
-        ("27,500", {27459.2}, True),
-        ("27,500", {27600.0}, False),
-        ("1.3", {0.00131}, True),
-        ("1.3", {0.00137}, False),
-        ("17", {17.4, 99.0}, True),
-        ("17", {18.0}, False),
-        ("0.25", {253.0}, True),
+        ("27,500", "tokens/s", {27459.2}, True),
+        ("27,500", "tokens/s", {27600.0}, False),
+        ("27.5", "tokens/s", {27500.0}, False),
+        ("1.3", "ms", {0.00131}, True),
+        ("1.3", "ms", {0.00137}, False),
+        ("17", "TFLOP/s", {17.4, 99.0}, True),
+        ("17", "TFLOP/s", {18.0}, False),
+        ("0.25", "ms", {253.0}, True),
+        ("0.73", "ms", {1372.6}, True),
     ],
 )
-def test_a_number_is_found_as_it_is_rounded(told, known, is_right):
-    assert is_found(told, known) == is_right
+def test_a_number_is_found_as_it_is_rounded(told, unit, known, is_right):
+    assert is_found(told, known, unit) == is_right
 
 
 def test_a_number_that_nothing_has_printed_is_told(monkeypatch):
