@@ -106,12 +106,10 @@ def pack_stages(app: Sphinx, error: Exception | None) -> None:
     folder = Path(app.outdir, "stages")
     folder.mkdir(exist_ok=True)
     for number in range(1, last() + 1):
-        with zipfile.ZipFile(
-            folder / f"nanovllm-{number:02}.zip", "w", zipfile.ZIP_DEFLATED
-        ) as out:
-            for path, source in sorted({**INIT, **stage(number)}.items()):
-                out.writestr(zipfile.ZipInfo(path), source)  # with no time of day in it
-            out.writestr(zipfile.ZipInfo("LICENSE"), (ROOT / "LICENSE").read_text("utf-8"))
+        files = {"LICENSE": (ROOT / "LICENSE").read_text("utf-8"), **INIT, **stage(number)}
+        with zipfile.ZipFile(folder / f"nanovllm-{number:02}.zip", "w") as out:
+            for path, text in sorted(files.items()):
+                out.writestr(zipfile.ZipInfo(path), text, zipfile.ZIP_DEFLATED)  # without a time
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

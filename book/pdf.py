@@ -21,9 +21,8 @@ from pypdf.generic import ArrayObject, NameObject
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "_build" / "html"
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
-FOLDED = (
-    r"<details( class=\"[^\"]*(?:above-input|dropdown)[^\"]*\")"  # cells and solutions, not diffs
-)
+# Cells and solutions; the diffs of a chapter stay folded.
+FOLDED = r"<details( class=\"[^\"]*(?:above-input|dropdown)[^\"]*\")"
 PATIENCE_MS = 20_000  # of the page's own clock: formulas are set by then
 
 

@@ -54,16 +54,19 @@ def tokens_of(llm: Any, prompts: list[list[int]], **params: Any) -> list[list[in
     return [out["token_ids"] for out in llm.generate(prompts, asked, use_tqdm=False)]
 
 
-def order_of_ends(llm: Any, requests: list[tuple[int, int]]) -> list[int]:
+def order_of_ends(requests: list[tuple[int, int]], max_num_seqs: int) -> list[int]:
     """In which order requests of (prompt tokens, output tokens) end that come at once."""
-    from nanovllm import SamplingParams
+    from nanovllm import LLM, SamplingParams
 
-    ids, ended = [], []
-    for length, output in requests:
-        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=output)
-        ids.append(llm.add_request([5 + length] * length, params))
-    for seqs in steps(llm):
-        ended += [ids.index(seq.seq_id) for seq in seqs if seq.is_finished]
+    llm, ids, ended = LLM(device="cpu", max_num_seqs=max_num_seqs), [], []
+    try:
+        for length, output in requests:
+            params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=output)
+            ids.append(llm.add_request([5 + length] * length, params))
+        for seqs in steps(llm):
+            ended += [ids.index(seq.seq_id) for seq in seqs if seq.is_finished]
+    finally:
+        llm.exit()
     return ended
 
 
@@ -147,13 +150,7 @@ def intensity(tokens: float) -> None:
 @exercise
 def sort_batch() -> None:
     """An engine whose batches are alike in length."""
-    from nanovllm import LLM
-
-    llm = LLM(device="cpu", max_num_seqs=2)
-    try:
-        ended = order_of_ends(llm, [(2, 9), (2, 3), (2, 9), (2, 3)])
-    finally:
-        llm.exit()
+    ended = order_of_ends([(2, 9), (2, 3), (2, 9), (2, 3)], max_num_seqs=2)
     if ended[:2] != [1, 3]:
         raise Wrong(f"of four requests, two at a time, these ended first: {ended[:2]}, not [1, 3]")
 
@@ -225,13 +222,7 @@ def oldest_first(ends_first: float) -> None:
 @exercise
 def shortest_first() -> None:
     """An engine that admits the shortest prompt that waits."""
-    from nanovllm import LLM
-
-    llm = LLM(device="cpu", max_num_seqs=1)
-    try:
-        ended = order_of_ends(llm, [(9, 2), (30, 2), (4, 2), (12, 2)])
-    finally:
-        llm.exit()
+    ended = order_of_ends([(9, 2), (30, 2), (4, 2), (12, 2)], max_num_seqs=1)
     if ended not in ([2, 0, 3, 1], [0, 2, 3, 1]):  # or the first had begun
         raise Wrong(f"prompts of 9, 30, 4 and 12 tokens ended in this order: {ended}")
 
