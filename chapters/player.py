@@ -3,7 +3,8 @@
     display(play(trace, still=4))
 
 It is HTML, whose frames are all there. A script of the book shows one of them at a time; without
-it, in print or in a notebook, the `still` one is to be seen.
+it, in print or in a notebook, the `still` one is to be seen. `player_schedule` and `player_softmax`
+make other frames for the same `Player`.
 """
 
 from __future__ import annotations
@@ -15,25 +16,30 @@ from recorder import CACHED, REQUESTS, SHARED, BlockUse, Step, Trace, state_of, 
 
 
 class Player:
-    """What a notebook shows."""
+    """What a notebook shows: frames, and above them a board that all of them share.
 
-    def __init__(self, frames: list[str], still: int):
-        self.frames, self.still = frames, still
+    A board's style may refer to `--at`, the number of the frame in view. `step` is what a reader
+    who doesn't see the page is told that a frame is.
+    """
+
+    def __init__(self, frames: list[str], still: int, board: str = "", step: str = "step"):
+        self.frames, self.board, self.step = frames, board, step
+        self.still = min(still, len(frames) - 1)
 
     def _repr_html_(self) -> str:
         shown = (
             f'<div class="frame"{"" if i == self.still else " hidden"}>{frame}</div>'
             for i, frame in enumerate(self.frames)
         )
-        return f'<div class="player" data-still="{self.still}">{"".join(shown)}</div>'
+        told = f'data-still="{self.still}" data-step="{self.step}" style="--at:{self.still}"'
+        return f'<div class="player" {told}>{self.board}{"".join(shown)}</div>'
 
     def __repr__(self) -> str:
-        return f"{len(self.frames)} steps to page through"
+        return f"{len(self.frames)} {self.step}s to page through"
 
 
 def play(trace: Trace, still: int = 0) -> Player:
     """The steps of an engine that has blocks, the one of number `still` (from 0) in view."""
-    still = min(still, len(trace.steps) - 1)
     return Player([frame(trace, number) for number in range(len(trace.steps))], still)
 
 

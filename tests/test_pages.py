@@ -33,6 +33,7 @@ PAGES = [
 # Pictures that could not be read, or have no words, and formulas that have not been set.
 PICTURES = "[...document.images].filter((one) => one.complete && !one.naturalWidth)"
 UNTOLD = "[...document.images].filter((one) => !one.alt || /[.](png|svg)$/.test(one.alt))"
+WIDE = "[...document.querySelectorAll('.player')].filter((p) => p.scrollWidth > p.clientWidth)"
 RAW_MATHS = (
     "[...document.querySelectorAll('.math')].filter((one) => !one.querySelector('mjx-container'))"
 )
@@ -71,6 +72,7 @@ def test_a_page_is_whole_by_itself(browser, book, page, size, theme):
         assert tab.see(f"{UNTOLD}.map((one) => one.src)") == []
         assert tab.see(f"{RAW_MATHS}.map((one) => one.textContent)") == []
         assert tab.see("document.documentElement.scrollWidth - innerWidth") <= 0
+        assert tab.see(f"{WIDE}.length") == 0
     finally:
         tab.close()
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from player import play
+from player_schedule import play_schedule
 from recorder import Trace, draw_occupancy, draw_pool, draw_timeline, record
 
 OPTIONS = dict(
@@ -188,3 +189,17 @@ def test_a_recording_can_be_paged_through(llm: LLM) -> None:
         for part in step.parts:
             at = part.start + part.num_tokens - 1
             assert f" to {at}" in shown if part.num_tokens > 1 else f"token {at}" in shown
+
+
+def test_a_schedule_tells_the_tokens_of_each_step(llm: LLM) -> None:
+    """Whatever the chapter; an engine that has a budget keeps within it."""
+    trace, _ = run(llm)
+    budget = getattr(llm.config, "max_num_batched_tokens", 1000)
+    frames = play_schedule(trace, budget).frames
+    assert len(frames) == len(trace.steps)
+    for number, (step, shown) in enumerate(zip(trace.steps, frames), start=1):
+        num_tokens = sum(part.num_tokens for part in step.parts)
+        title = f"<p>step {number} of {len(frames)}, {num_tokens} of {budget} tokens."
+        assert shown.startswith(title) and num_tokens <= budget
+        assert shown.count("blocks back") == (len(step.preempted) > 0)
+        assert shown.count(" end") == (len(step.finished) > 0)

@@ -2,11 +2,17 @@
 document.addEventListener("DOMContentLoaded", () => {
   for (const player of document.querySelectorAll(".player")) {
     const frames = [...player.querySelectorAll(".frame")];
+    const step = player.dataset.step ?? "step";
     const slider = Object.assign(document.createElement("input"), {
       type: "range", min: 0, max: frames.length - 1, value: player.dataset.still,
     });
-    slider.setAttribute("aria-label", "step");
-    const show = () => frames.forEach((frame, i) => (frame.hidden = i !== Number(slider.value)));
+    slider.setAttribute("aria-label", step);
+    const show = () => {
+      const at = Number(slider.value);
+      frames.forEach((frame, i) => (frame.hidden = i !== at));
+      player.style.setProperty("--at", at); // a board that all frames share looks there
+      slider.setAttribute("aria-valuetext", frames[at].querySelector("p").textContent);
+    };
     const button = (text, label, by) => {
       const made = Object.assign(document.createElement("button"), { type: "button", textContent: text });
       made.setAttribute("aria-label", label);
@@ -19,7 +25,7 @@ document.addEventListener("DOMContentLoaded", () => {
     slider.addEventListener("input", show);
     const bar = document.createElement("div");
     bar.className = "bar";
-    bar.append(button("◀", "one step back", -1), slider, button("▶", "one step on", 1));
+    bar.append(button("◀", `one ${step} back`, -1), slider, button("▶", `one ${step} on`, 1));
     player.prepend(bar);
     show();
   }
