@@ -11,7 +11,7 @@ BEGIN = """
 import json
 import sys
 
-sys.path.remove("")  # the folder that we are in may have a package of that name, too
+sys.path[:] = filter(None, sys.path)  # the folder that we are in may have a nanovllm, too
 from nanovllm import LLM, SamplingParams
 
 def asked(num_tokens):

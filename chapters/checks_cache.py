@@ -19,17 +19,22 @@ def refused(count: float) -> None:
     from nanovllm.config import Config
     from nanovllm.sampling_params import SamplingParams
 
-    refusals, calls = 0, [
-        dict(temperature=1), dict(temperature=True), dict(top_p=0), dict(top_p=1),
-        dict(top_k=5.0), dict(max_tokens=None), dict(stop=""), dict(stop_token_ids=[True]),
-    ]  # fmt: skip
-    for make, options in [
-        *((SamplingParams, options) for options in calls),
-        (Config.from_options, dict(max_model_len=np.int64(100))),
-        (Config.from_options, dict(max_modellen=100)),
-    ]:
+    calls: list[tuple[Callable[..., Any], str, Any]] = [
+        (SamplingParams, "temperature", 1),
+        (SamplingParams, "temperature", True),
+        (SamplingParams, "top_p", 0),
+        (SamplingParams, "top_p", 1),
+        (SamplingParams, "top_k", 5.0),
+        (SamplingParams, "max_tokens", None),
+        (SamplingParams, "stop", ""),
+        (SamplingParams, "stop_token_ids", [True]),
+        (Config.from_options, "max_model_len", np.int64(100)),
+        (Config.from_options, "max_modellen", 100),
+    ]
+    refusals = 0
+    for make, name, value in calls:
         try:
-            make(**options)
+            make(**{name: value})
         except ValueError:
             refusals += 1
     hint = "an int may stand for a float, but a float for no int and True for no number"
