@@ -89,10 +89,10 @@ def draw_board(steps: list[Step], names: dict[int, str], budget: int) -> str:
     heights = f"2.8em repeat({len(names)},1.35em) 1.2em"
     style = f"display:grid;gap:2px 1px;grid-template:{heights}/{columns};position:relative;"
     style += "font-size:0.8em;line-height:1.35em;text-align:center"
-    over = "position:absolute;inset:0;grid-area:1/calc(var(--at) + "
-    cursor = f"{over}2)/-1/calc(var(--at) + 3);outline:2px solid {INK}"
+    over = "position:absolute;inset:-2px;grid-area:1/calc(var(--at) + "
+    cursor = f"{over}2)/-1/calc(var(--at) + 3);border:2px solid {INK}"
     veil = f"{over}3)/-1/-1;background:{PAGE};opacity:0.6"
-    over = f'<i style="{cursor}"></i><i class="veil" style="{veil}"></i>'
+    over = f'<i class="veil" style="{veil}"></i><i style="{cursor}"></i>'
     grid = f'<div class="grid" style="{style}" aria-hidden="true">{"".join(rows)}{over}</div>'
     return grid + legend({state for i in names for state, _ in follow(steps, i) if state})
 

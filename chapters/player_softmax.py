@@ -65,7 +65,7 @@ def table(states: list[State], number: int) -> str:
     rows = []
     for n, state in enumerate(states):
         kind = "now" if n == number else "later" if n > number else ""
-        style = {"now": "font-weight:bold", "later": "opacity:0.35"}.get(kind, "")
+        style = {"now": "font-weight:bold", "later": "opacity:0.45"}.get(kind, "")
         color = BARS["decode"] if n == number else tint(BEFORE)
         weights = [exp(score - states[number].m) if n <= number else 0 for score in state.scores]
         cells = ["".join(box(s, w, color) for s, w in zip(state.scores, weights))]
