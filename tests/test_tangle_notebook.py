@@ -83,10 +83,10 @@ def test_an_exercise_is_checked_on_the_package_as_executed(kernel):
     assert notebook.run('tangle.verify("x")').startswith("x: not yet. there is no exercise 'x'")
     notebook.run(EDIT.format(2))
     notebook.run(
-        "import exercises, nanovllm.m\n"
-        "@exercises.exercise\ndef two() -> None:\n"
+        "import checks, nanovllm.m\n"
+        "@checks.exercise\ndef two() -> None:\n"
         "    import nanovllm.m\n    if nanovllm.m.X().f() != 2:\n"
-        "        raise exercises.Wrong('it is not 2')"
+        "        raise checks.Wrong('it is not 2')"
     )
     assert notebook.run("tangle.verify('two')") == "two: right\n"
     notebook.run(EDIT.format(3))

@@ -5,8 +5,10 @@ streamed over a connection of its own. Clients are processes of their own, so th
 nothing from the server. Each of the --streams asks once, all in the same instant, and then, with
 --rounds, so many times in turn: who has an answer asks the next question. With --rates, requests
 arrive at random times instead, at each of some rates. Connections are opened before a request is
-due, for many that come at once are tried again by the system, after a second. Prints one JSON
-object a line.
+due, for many that come at once are tried again by the system, after a second. With --command,
+another server that speaks OpenAI's HTTP interface is asked the same in place of ours, alone:
+`{model}`, `{port}`, `{streams}` and `{length}` in the command are filled in. Prints one JSON object
+a line.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import asyncio
 import json
 import multiprocessing
 import random
+import shlex
 import socket
 import statistics
 import subprocess
@@ -28,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, product
 from pathlib import Path
+from typing import Any
 
 from nanovllm.workloads import SHAPES
 
@@ -63,14 +67,20 @@ def write_model(folder: Path, shape: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(kind))
 
 
+OURS = (
+    f"{sys.executable} -m nanovllm serve {{model}} --port {{port}} --load-format {{load_format}}"
+    " --max-model-len {length} --max-num-seqs {streams}"
+)
+
+
 @contextmanager
-def server(options: list[str]) -> Iterator[int]:
+def server(command: str, **options: Any) -> Iterator[int]:
     """A server that is ready; its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "nanovllm", "serve", *options, "--port", str(port)]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    words = [word.format(port=port, **options) for word in shlex.split(command)]
+    process = subprocess.Popen(words, stdin=subprocess.DEVNULL)
     try:
         while True:
             if process.poll() is not None:
@@ -83,7 +93,7 @@ def server(options: list[str]) -> Iterator[int]:
         yield port
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
 
 
 async def stream(port: int, body: dict, due: float, start: float) -> Seen:
@@ -190,20 +200,27 @@ def measure(args: argparse.Namespace, model: str, vocabulary: int, load_format: 
         rest = {"max_tokens": args.output, "temperature": 0.6, "ignore_eos": True, "stream": True}
         return [{"prompt": prompt, **rest} for prompt in prompts(count)]
 
-    model_len = ["--load-format", load_format, "--max-model-len", str(longest)]
-    options = {"model": model, "load_format": load_format, "max_model_len": longest}
-    for streams, rounds in product(args.streams, sorted({1, args.rounds})):
-        own = offline(options | {"max_num_seqs": streams}, prompts(streams * rounds), args.output)
-        callers = [[(0.0, body) for body in bodies(rounds)] for _ in range(streams)]
-        with server([model, *model_len, "--max-num-seqs", str(streams)]) as port:
+    model_options = {"model": model, "load_format": load_format}
+    asked = {"command": args.command, **model_options, "length": longest}
+    options = {**model_options, "max_model_len": longest}
+    for streams in args.streams:
+        rows = []
+        with server(**asked, streams=streams) as port:
             served(port, [[(0.0, body)] for body in bodies(8)], 1)  # for what happens once
-            got = figures(served(port, callers, args.clients), args.output, rounds == 1)
-        share = got["tokens_per_s"] / own["tokens_per_s"]
-        row = {"streams": streams, "rounds": rounds, "share": share, "offline": own, "served": got}
-        print(json.dumps(row), flush=True)
+            for rounds in sorted({1, args.rounds}):
+                callers = [[(0.0, body) for body in bodies(rounds)] for _ in range(streams)]
+                got = figures(served(port, callers, args.clients), args.output, rounds == 1)
+                rows.append({"streams": streams, "rounds": rounds, "served": got})
+        for row in rows:
+            if args.command == OURS:
+                count = streams * row["rounds"]
+                own = offline(options | {"max_num_seqs": streams}, prompts(count), args.output)
+                share = row["served"]["tokens_per_s"] / own["tokens_per_s"]
+                row |= {"share": share, "offline": own}
+            print(json.dumps(row), flush=True)
     if not args.rates:
         return
-    with server([model, *model_len]) as port:
+    with server(**asked, streams=args.rates_streams) as port:
         served(port, [[(0.0, body)] for body in bodies(8)], 1)
         for rate in args.rates:
             times = accumulate(dice.expovariate(rate) for _ in range(int(rate * args.seconds)))
@@ -222,6 +239,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="how long requests arrive")
     parser.add_argument("--input", type=int, default=256, help="tokens of each prompt")
     parser.add_argument("--output", type=int, default=256, help="tokens of each answer")
+    parser.add_argument("--rates-streams", type=int, default=512, help="that run at once, then")
+    parser.add_argument("--command", default=OURS, help="starts a server in place of ours")
     parser.add_argument("--clients", type=int, default=8, help="processes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
