@@ -2,7 +2,8 @@
 
     python book/measure/ladder.py                       measure on this machine, then draw
     python book/measure/ladder.py --shape qwen3-0.6b    on a published shape with random weights
-    python book/measure/ladder.py --first 2 --workload standard     without the chapters before
+    python book/measure/ladder.py --chapters 2 3 4 --workload standard      of these alone
+    python book/measure/ladder.py --also "4 --max-num-seqs 512"     one of them with an option
     python book/measure/ladder.py --plot-only           draw what was measured before
 
 Each run is a fresh process. The order alternates (1, 2, … K, K, … 2, 1), so that a machine whose
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -51,17 +53,20 @@ def num_gpus(chapter: int) -> int:
     return 2 if chapter >= PARALLEL and torch.cuda.device_count() > 1 else 1
 
 
-def measure(rounds: int, first_chapter: int, arguments: list[str]) -> Iterator[dict]:
-    """Run the benchmark on the stages from one on; after each run, what is known by then."""
-    names = titles()
-    results: dict[int, list[dict]] = {k: [] for k in names if k >= first_chapter}
+Rung = tuple[int, str]  # a chapter, and options of its own
+
+
+def measure(rounds: int, rungs: list[Rung], arguments: list[str]) -> Iterator[dict]:
+    """Run the benchmark on the stages; after each run, what is known by then."""
+    results: dict[Rung, list[dict]] = {rung: [] for rung in sorted(rungs)}
     with tempfile.TemporaryDirectory() as folder:
-        stages = {k: Path(folder) / str(k) for k in results}
+        stages = {k: Path(folder) / str(k) for k, _ in results}
         for k, out in stages.items():
             tangle.write_stage(k, out)
         for number in range(rounds):
-            for k in sorted(results, reverse=number % 2 == 1):
+            for k, options in sorted(results, reverse=number % 2 == 1):
                 command = [sys.executable, "-m", "nanovllm", "bench", "--json", "--repeats", "1"]
+                command += shlex.split(options)
                 if num_gpus(k) > 1:
                     command += ["--tensor-parallel-size", str(num_gpus(k))]
                 environment = {**os.environ, "PYTHONPATH": str(stages[k])}
@@ -70,21 +75,23 @@ def measure(rounds: int, first_chapter: int, arguments: list[str]) -> Iterator[d
                 )
                 if run.returncode:
                     raise SystemExit(f"the benchmark of stage {k} failed")
-                results[k].append(json.loads(run.stdout))
-                rate = results[k][-1]["output_tokens_per_s"]
-                print(f"round {number + 1}, chapter {k}: {rate:,.0f} tokens/s", flush=True)
-                yield summary({k: runs for k, runs in results.items() if runs}, names)
+                figures = json.loads(run.stdout)
+                results[k, options].append(figures)
+                rate = f"{figures['output_tokens_per_s']:,.0f} tokens/s"
+                print(f"round {number + 1}, chapter {k} {options}: {rate}", flush=True)
+                yield summary({rung: runs for rung, runs in results.items() if runs})
 
 
-def summary(results: dict[int, list[dict]], names: dict[int, str]) -> dict:
+def summary(results: dict[Rung, list[dict]]) -> dict:
     """Medians and extremes of each stage's runs."""
-    first = next(iter(results.values()))[0]
+    first, names = next(iter(results.values()))[0], titles()
     rungs = []
-    for k, runs in results.items():
+    for (k, options), runs in results.items():
         spread = {name: [run[name] for run in runs] for name in FIGURES}
         rung = {name: statistics.median(values) for name, values in spread.items()}
         rung["least_and_most"] = {name: [min(spread[name]), max(spread[name])] for name in RATES}
-        rungs.append({"chapter": k, "title": names[k], "num_gpus": num_gpus(k), **rung})
+        whose = {"chapter": k, "title": names[k], "options": options, "num_gpus": num_gpus(k)}
+        rungs.append({**whose, **rung})
     workload = {**first["workload"], "output_tokens": first["output_tokens"]}
     return {
         "model": first["model"],
@@ -95,6 +102,14 @@ def summary(results: dict[int, list[dict]], names: dict[int, str]) -> dict:
     }
 
 
+def label(rung: dict) -> str:
+    """What stands beside a bar."""
+    if rung.get("options"):
+        return f"{rung['chapter']} with {rung['options'].removeprefix('--').replace(' ', ' = ')}"
+    gpus = ", two GPUs" if rung.get("num_gpus", 1) > 1 else ""
+    return f"{rung['chapter']} {rung['title']}{gpus}"
+
+
 def draw(ladder: dict, path: Path) -> None:
     """One bar a chapter: the whole workload on the left, a single stream on the right."""
     import matplotlib.pyplot as plt
@@ -102,10 +117,7 @@ def draw(ladder: dict, path: Path) -> None:
 
     use_style()
     rungs, work, machine = ladder["rungs"], ladder["workload"], ladder["machine"]
-    labels = [
-        f"{rung['chapter']} {rung['title']}" + ", two GPUs" * (rung.get("num_gpus", 1) > 1)
-        for rung in rungs
-    ]
+    labels = [label(rung) for rung in rungs]
     height = 1.5 + 0.45 * len(rungs)
     figure, axes = plt.subplots(1, 2, figsize=(8, height), sharey=True)
     requests = f"{work['num_requests']} requests together"
@@ -132,7 +144,8 @@ def main() -> None:
     """Measure and draw."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="runs of each stage (default: 3)")
-    parser.add_argument("--first", type=int, default=1, help="the first chapter (default: 1)")
+    parser.add_argument("--chapters", type=int, nargs="+", default=[*titles()], help="default: all")
+    parser.add_argument("--also", nargs="*", default=[], help='"CHAPTER OPTIONS": with options')
     parser.add_argument("--workload", default="small", help="standard or small (default: small)")
     parser.add_argument("--shape", help="a published shape with random weights, e.g. qwen3-0.6b")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
@@ -142,13 +155,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
-    if args.first not in titles():
-        parser.error(f"--first must be a chapter from 1 to {max(titles())}")
+    if not {*args.chapters} <= titles().keys():
+        parser.error(f"--chapters are from 1 to {max(titles())}")
     if not args.plot_only:
         arguments = ["--workload", args.workload, "--device", args.device]
         arguments += ["--shape", args.shape] if args.shape else []
         args.out.parent.mkdir(exist_ok=True)
-        for ladder in measure(args.rounds, args.first, arguments):
+        rungs = [(k, "") for k in args.chapters]
+        for also in args.also:
+            chapter, _, options = also.partition(" ")
+            rungs.append((int(chapter), options))
+        for ladder in measure(args.rounds, rungs, arguments):
             args.out.write_text(json.dumps(ladder, indent=1) + "\n", encoding="utf-8")
     draw(json.loads(args.out.read_text(encoding="utf-8")), args.figure)
 
