@@ -80,20 +80,22 @@ def draw_board(steps: list[Step], names: dict[int, str], budget: int) -> str:
     rows = [row(str(budget), [filling(step, budget) for step in steps])]
     for seq_id, name in names.items():
         ended = [seq_id in step.finished for step in steps]
-        cells = zip(follow(steps, seq_id), ended)
-        rows.append(row(name, [cell(state, n, ends) for (state, n), ends in cells]))
+        does_what = zip(follow(steps, seq_id), ended)
+        rows.append(row(name, [cell(state, n, ends) for (state, n), ends in does_what]))
     marks = [n if n == 1 or n % 5 == 0 else "" for n in range(1, len(steps) + 1)]
     rows.append(row("", [f'<i class="name">{n}</i>' for n in marks]))
     # The last column is empty, so that the veil has a place behind the last step.
     columns = f"1.7em repeat({len(steps)},minmax(0,1fr)) 0"
     heights = f"2.8em repeat({len(names)},1.35em) 1.2em"
-    style = f"display:grid;gap:2px 1px;grid-template:{heights}/{columns};position:relative;"
-    style += "font-size:0.8em;line-height:1.35em;text-align:center"
-    over = "position:absolute;inset:-2px;grid-area:1/calc(var(--at) + "
-    cursor = f"{over}2)/-1/calc(var(--at) + 3);border:2px solid {INK}"
-    veil = f"{over}3)/-1/-1;background:{PAGE};opacity:0.6"
-    over = f'<i class="veil" style="{veil}"></i><i style="{cursor}"></i>'
-    grid = f'<div class="grid" style="{style}" aria-hidden="true">{"".join(rows)}{over}</div>'
+    cells = f"display:grid;grid-area:1/1;gap:2px 1px;grid-template:{heights}/{columns}"
+    over = f"display:grid;grid-area:1/1;gap:1px;grid-template:auto/{columns}"
+    veil = f"grid-area:1/calc(var(--at) + 3)/2/-1;margin:-2px;background:{PAGE};opacity:0.6"
+    cursor = "grid-area:1/calc(var(--at) + 2)/2/calc(var(--at) + 3);margin:-2px;"
+    cursor += f"border:2px solid {INK};z-index:1"
+    layers = f'<div style="{cells}">{"".join(rows)}</div><div style="{over}">'
+    layers += f'<i class="veil" style="{veil}"></i><i style="{cursor}"></i></div>'
+    style = "display:grid;font-size:0.8em;line-height:1.35em;text-align:center"
+    grid = f'<div class="grid" style="{style}" aria-hidden="true">{layers}</div>'
     return grid + legend({state for i in names for state, _ in follow(steps, i) if state})
 
 

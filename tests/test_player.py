@@ -146,7 +146,7 @@ def test_the_cursor_stands_on_the_column_of_the_step(browser, tmp_path) -> None:
     try:
         for at in (0, 2, 4):
             move(tab, at)
-            cells = tab.see(f"[...document.querySelectorAll('.grid > i')].map({box})")
+            cells = tab.see(f"[...document.querySelectorAll('.grid i')].map({box})")
             veil, cursor, column = cells[-2], cells[-1], cells[1 + at]  # after the bars' name
             assert cursor == pytest.approx([column[0] - 2, column[1] + 2], abs=0.6)
             assert veil[0] >= column[1] - 2.6 and veil[1] >= cells[5][1] - 0.6
