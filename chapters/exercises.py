@@ -1,7 +1,7 @@
 """What the exercises ask for, as checks: `tangle.verify(name, ...)` runs one in a notebook.
 
-The checks themselves are in checks_cache.py, checks_kernels.py and checks_service.py, in the
-chapters' order.
+The checks themselves are in the modules checks_*.py, those of chapters 0 to 5 in checks_cache.py
+and what it imports, 6 to 9 in checks_kernels.py, 10 to 14 in checks_service.py.
 """
 
 from __future__ import annotations

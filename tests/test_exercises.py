@@ -8,10 +8,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from exercise_solutions import ANSWERS, CELLS
 
 import exercises
 from cells import Cell
-from exercise_solutions import ANSWERS, CELLS
 from merge import Package
 from stages import chapters, code, number, write, write_stage
 
@@ -70,4 +70,4 @@ def test_a_changed_engine_passes_and_that_of_the_chapter_does_not(name, is_solve
     if is_solved:
         assert done.returncode == 0 and done.stdout == "right\n", done.stderr
     else:
-        assert done.returncode == 1 and "exercises.Wrong: " in done.stderr, done.stderr
+        assert done.returncode == 1 and "Wrong: " in done.stderr, done.stderr
