@@ -61,7 +61,9 @@ def make(*cells: dict) -> dict:
 
 
 def code(source: str, *outputs: dict, count: int | None = None, **metadata: object) -> dict:
-    """A code cell; its id is made from its source."""
+    """A code cell, its outputs stamped as its own; its id is made from its source."""
+    if outputs:
+        metadata["stamp"] = tool.stamp(source)
     return {
         "cell_type": "code",
         "execution_count": count,
@@ -87,7 +89,7 @@ def test_normalise_counts_cells_and_drops_what_is_volatile() -> None:
     first, empty, last = tool.normalise(notebook)["cells"]
     assert [first["execution_count"], empty["execution_count"]] == [1, None]
     assert (last["execution_count"], first["outputs"][0]["execution_count"]) == (2, 1)
-    assert first["metadata"] == {"tags": ["a"]}
+    assert first["metadata"] == {"tags": ["a"], "stamp": tool.stamp("1 + 1")}
     assert [output["text"] for output in last["outputs"]] == ["a\nb", "c"]
     assert set(notebook["metadata"]) == {"kernelspec", "language_info"}
     assert "version" not in notebook["metadata"]["language_info"]
@@ -120,6 +122,21 @@ def test_problem_names_the_cell_and_what_is_wrong(output: dict, word: str) -> No
     notebook = tool.normalise(make(code("fine"), code("bad", output)))
     (problem,) = tool.problems(notebook)
     assert problem.startswith("cell 1 (") and word in problem
+
+
+def test_an_output_of_another_source_is_refused_and_layout_does_not_count() -> None:
+    cell = code("print(1,  2)  # two numbers", stream("1 2\n"))
+    notebook = tool.normalise(make(cell))
+    cell["source"] = "print(1, 2)"
+    assert tool.problems(notebook) == []
+    cell["source"] = "print(1, 3)"
+    (problem,) = tool.problems(notebook)
+    assert problem.startswith("cell 0 (") and "not of this source" in problem
+    del cell["metadata"]["stamp"]
+    assert len(tool.problems(notebook)) == 1
+    assert tool.problems(tool.stamped(notebook)) == []
+    cell["outputs"] = []
+    assert tool.normalise(notebook)["cells"][0]["metadata"] == {}
 
 
 def test_a_url_and_a_picture_are_no_paths() -> None:

@@ -95,6 +95,28 @@ def test_a_recording_is_paged_through_by_its_buttons_and_its_slider(browser, boo
         tab.close()
 
 
+@pytest.mark.parametrize("by", ["tap", "key"])
+def test_on_a_phone_a_picture_is_shown_as_large_as_it_is_and_closes_again(browser, book, by):
+    tab = Tab(browser, f"{book}/chapters/03_paged_blocks.html", "phone", "dark")
+    first, whole = "document.querySelector('img.small')", "document.querySelector('dialog.whole')"
+    enter = "dispatchEvent(new KeyboardEvent('keydown', { key: 'Enter' }))"
+    try:
+        tab.wait(f"{first} !== null")
+        assert tab.see(f"{whole}.open") is False
+        assert tab.see(f"{first}.clientWidth") < 390
+        tab.see(f"{first}.{'click()' if by == 'tap' else enter}")
+        tab.wait(f"{whole}.open && {whole}.querySelector('img').complete")
+        sizes = [f"{whole}.querySelector('img').clientWidth", f"{first}.naturalWidth"]
+        assert tab.see(sizes[0]) == tab.see(sizes[1]) > 390
+        assert tab.see(f"{whole}.querySelector('img').alt") == tab.see(f"{first}.alt") != ""
+        assert tab.see(f"{whole}.getBoundingClientRect().width") <= 390
+        tab.see(f"{whole}.click()")
+        assert tab.see(f"{whole}.open") is False
+        assert tab.faults(is_theirs=True) == []
+    finally:
+        tab.close()
+
+
 def test_a_page_is_printed_with_nothing_folded(browser, book, tmp_path):
     """All lines of all cells, those of folded ones as well; the frame of a recording in view."""
     name = "book/life_of_a_request"

@@ -31,6 +31,28 @@ document.addEventListener("DOMContentLoaded", () => {
   }
 });
 
+// A picture that the page shows smaller than it is: a tap or Enter shows it whole, another closes it.
+addEventListener("load", () => {
+  const whole = document.body.appendChild(document.createElement("dialog"));
+  whole.className = "whole";
+  whole.addEventListener("click", () => whole.close());
+  for (const picture of document.querySelectorAll(".bd-article img")) {
+    const isSmall = () => picture.naturalWidth > 1.1 * picture.clientWidth;
+    const show = () => {
+      if (!isSmall()) return;
+      const copy = Object.assign(new Image(), { src: picture.src, alt: picture.alt });
+      copy.width = picture.naturalWidth;
+      whole.replaceChildren(copy);
+      whole.showModal();
+    };
+    if (!isSmall() || picture.closest("a")) continue;
+    Object.assign(picture, { tabIndex: 0, title: "tap to enlarge" });
+    picture.classList.add("small");
+    picture.addEventListener("click", show);
+    picture.addEventListener("keydown", (event) => event.key === "Enter" && show());
+  }
+});
+
 // On paper nothing is folded.
 addEventListener("beforeprint", () => {
   for (const folded of document.querySelectorAll("details")) folded.open = true;

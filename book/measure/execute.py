@@ -6,12 +6,14 @@
 Without a name it takes every notebook of chapters/ and book/. Each one runs from a fresh
 kernel in its own folder. It is stored only when it is clean: no error, no warning, no path of
 this machine, no widget, no memory address. Execution counts run 1..n, timestamps are
-dropped and cell ids stay, so that a diff shows what changed and nothing else.
+dropped and cell ids stay, so that a diff shows what changed and nothing else. A cell that has
+outputs carries a stamp of the source that produced them: an output of other source is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -46,6 +48,15 @@ def notebooks() -> list[Path]:
 def text_of(value: str | list[str]) -> str:
     """The text of a multi-line field, which nbformat stores as a string or as its lines."""
     return value if isinstance(value, str) else "".join(value)
+
+
+def stamp(source: str) -> str:
+    """What a source does, as a short hash: layout and comments don't count."""
+    try:
+        source = ast.dump(ast.parse(source))
+    except SyntaxError:  # a magic, say: as it is
+        pass
+    return hashlib.sha1(source.encode()).hexdigest()[:12]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -125,10 +136,20 @@ def normalise(notebook: dict[str, Any]) -> dict[str, Any]:
         count += runs
         cell["execution_count"] = count if runs else None
         cell["outputs"] = merge_streams(cell["outputs"])
+        if not cell["outputs"]:
+            cell["metadata"].pop("stamp", None)
         for output in cell["outputs"]:
             output.pop("transient", None)
             if output["output_type"] == "execute_result":
                 output["execution_count"] = count
+    return notebook
+
+
+def stamped(notebook: dict[str, Any]) -> dict[str, Any]:
+    """Mark what has just been executed: each output is of its cell's source; in place."""
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code" and cell["outputs"]:
+            cell["metadata"]["stamp"] = stamp(text_of(cell["source"]))
     return notebook
 
 
@@ -181,6 +202,8 @@ def problems(notebook: dict[str, Any]) -> list[str]:
         if cell["execution_count"] != expected:
             number = cell["execution_count"]
             found.append(f"{where}: execution count is {number}, not {expected}: run it afresh")
+        if cell["outputs"] and cell["metadata"].get("stamp") != stamp(text_of(cell["source"])):
+            found.append(f"{where}: its output is not of this source: run it afresh")
         for output in cell["outputs"]:
             found += [f"{where}: {problem}" for problem in output_problems(output)]
     return found
@@ -192,7 +215,7 @@ def refresh(path: Path, timeout: int) -> list[str]:
 
     start = time.perf_counter()
     try:
-        notebook = normalise(execute(path, read(path), timeout))
+        notebook = stamped(normalise(execute(path, read(path), timeout)))
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         return [str(error)]
     found = problems(notebook)

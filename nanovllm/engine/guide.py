@@ -1,5 +1,6 @@
 """A request whose text must follow a grammar: which tokens may come next."""
 
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,12 @@ def token_table(tokenizer: Any, vocab_size: int) -> Any:
     import llguidance.hf
 
     return llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)
+
+
+def prepare_guides(tokenizer: Any, vocab_size: int) -> None:
+    """Make the table before a request needs it, where it can be made."""
+    with suppress(Exception):  # a request that needs it is told what is wrong
+        token_table(tokenizer, vocab_size)
 
 
 class Guide:

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from nanovllm.engine.guide import prepare_guides
 from nanovllm.engine.requests import Limits
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
@@ -31,7 +32,8 @@ class About:
 
 
 def about(llm: LLM) -> About:
-    """What to tell of an engine."""
+    """What to tell of an engine that is ready, for grammars as well."""
+    prepare_guides(llm.tokenizer, llm.model_config.vocab_size)
     defaults = sampling_defaults(find_checkpoint(llm.config.model))
     return About(llm.config.model or "nanovllm-tiny", llm.tokenizer, llm.limits, defaults)
 

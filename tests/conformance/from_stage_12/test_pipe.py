@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import cache
 from itertools import count
 from multiprocessing import Pipe
 from threading import Thread
@@ -11,11 +12,12 @@ from threading import Thread
 import pytest
 import uvloop
 
-from nanovllm import SamplingParams
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine import guide
 from nanovllm.engine.requests import make_sequence
 from nanovllm.serve.client import EngineClient, pieces
 from nanovllm.serve.engine_loop import WATCH, Ask, EngineLoop, News
-from nanovllm.serve.engine_process import About, about
+from nanovllm.serve.engine_process import About, about, in_thread
 
 LARGE = 400_000  # tokens: more bytes than a socket takes at once
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
@@ -86,3 +88,30 @@ def test_one_who_does_not_read_holds_up_nobody_else(llm):
     quick.send([None])
     thread.join(30)
     assert not thread.is_alive() and not loop.askers
+
+
+def test_the_first_guided_request_finds_its_table_of_tokens_made(monkeypatch):
+    """A large vocabulary takes a second, which would lie between two steps."""
+    made = []
+    build = guide.token_table.__wrapped__
+    monkeypatch.setattr(guide, "token_table", cache(lambda *a: made.append(a) or build(*a)))
+    llm = LLM(device="cpu")
+    try:
+        ours = in_thread(llm)
+        assert ours.poll(60) and isinstance(ours.recv(), About)
+        assert len(made) == 1
+        params = SamplingParams(max_tokens=8, json_schema={"type": "integer"})
+        ours.send([Ask(1, [7, 8], params)])
+        assert ours.poll(60) and ours.recv()
+        assert len(made) == 1
+    finally:
+        ours.close()
+
+
+def test_a_tokenizer_that_no_grammar_can_use_is_no_reason_not_to_serve(monkeypatch):
+    def fails(*_):
+        raise ValueError("an unknown kind of tokenizer")
+
+    monkeypatch.setattr(guide, "token_table", fails)
+    guide.prepare_guides(object(), 100)
+    guide.prepare_guides(None, 100)
