@@ -6,6 +6,8 @@ which says what is not right yet.
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Callable, Iterator
 from numbers import Real
@@ -62,3 +64,23 @@ def steps(llm: Any, most: int = 500) -> Iterator[list[Any]]:
             return
         yield llm.step()
     raise Wrong(f"after {most} steps there are requests left that get no token")
+
+
+BEGIN = """
+import json
+import sys
+
+sys.path[:] = filter(None, sys.path)  # the folder that we are in may have a nanovllm, too
+from nanovllm import LLM, SamplingParams
+
+def asked(num_tokens):
+    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+"""
+
+
+@functools.cache
+def counted(stage: int, script: str) -> list[int]:
+    """What a script counts with the engine of a chapter, on the CPU, in a process of its own."""
+    from timing import run_on_stage
+
+    return json.loads(run_on_stage(stage, BEGIN + script))

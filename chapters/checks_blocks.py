@@ -1,31 +1,8 @@
-"""The exercises of chapters 3 to 5, as checks, and how the engine of a chapter counts."""
+"""The exercises of chapters 3 to 5, as checks."""
 
 from __future__ import annotations
 
-import functools
-import json
-
-from checks import Wrong, exercise, near, order_of_ends, steps
-
-BEGIN = """
-import json
-import sys
-
-sys.path[:] = filter(None, sys.path)  # the folder that we are in may have a nanovllm, too
-from nanovllm import LLM, SamplingParams
-
-def asked(num_tokens):
-    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-"""
-
-
-@functools.cache
-def counted(stage: int, script: str) -> list[int]:
-    """What a script counts with the engine of a chapter, on the CPU, in a process of its own."""
-    from timing import run_on_stage
-
-    return json.loads(run_on_stage(stage, BEGIN + script))
-
+from checks import Wrong, counted, exercise, near, order_of_ends, steps
 
 # ---- Chapter 3 ----
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from checks import Wrong, exercise, near, order_of_ends, steps, tokens_of
-from checks_blocks import counted
+from checks import Wrong, counted, exercise, near, order_of_ends, steps, tokens_of
 
 # ---- Chapter 0 ----
 

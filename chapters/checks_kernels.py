@@ -1,4 +1,4 @@
-"""The exercises of chapters 6 and 7, as checks; those of chapters 8 and 9 are in checks_steps.py.
+"""The exercises of chapters 6 and 7, as checks.
 
 What launches kernels does so on a GPU where there is one, else in Triton's interpreter.
 """
@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import checks_steps  # noqa: F401 - which are checks as well
 from checks import Wrong, exercise, near
 
 # ---- Chapter 6 ----

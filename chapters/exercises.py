@@ -1,20 +1,22 @@
 """What the exercises ask for, as checks: `tangle.verify(name, ...)` runs one in a notebook.
 
-The checks themselves are in the modules checks_*.py, those of chapters 0 to 5 in checks_cache.py
-and what it imports, 6 to 9 in checks_kernels.py, 10 to 14 in checks_service.py.
+The checks themselves are in checks_cache.py (chapters 0 to 2), checks_blocks.py (3 to 5),
+checks_kernels.py (6 and 7), checks_steps.py (8 and 9), checks_parallel.py (10 and 11),
+checks_server.py (12) and checks_batch.py (13 and 14).
 """
 
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 from typing import Any
 
-import checks_cache
-import checks_kernels
-import checks_service
 from checks import CHECKS, Wrong
 
-__all__ = ["CHECKS", "Wrong", "checks_cache", "checks_kernels", "checks_service", "verify"]
+__all__ = ["CHECKS", "Wrong", "verify"]
+
+for part in "cache", "blocks", "kernels", "steps", "parallel", "server", "batch":
+    import_module(f"checks_{part}")
 
 
 def verify(name: str, **answers: Any) -> str:
