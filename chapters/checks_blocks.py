@@ -131,10 +131,36 @@ def hits_first() -> None:
 
 
 @exercise
-def oldest_first(ends_first: float) -> None:
-    """Of request 0, which came first, and request 1."""
+def oldest_first(ends_first: float, ended: float) -> None:
+    """Of request 0, which came first, and request 1; and how many of another two come to an end."""
+    script = """
+from nanovllm.engine.scheduler import Scheduler, SequenceStatus
+
+def preempt(self):
+    seq = self.running[0]
+    self.running.remove(seq)
+    self.block_manager.deallocate(seq)
+    seq.status, seq.num_computed_tokens = SequenceStatus.WAITING, 0
+    self.waiting.appendleft(seq)
+
+def ends(lengths, num_tokens):
+    options = dict(kvcache_block_size=4, num_kvcache_blocks=4, enable_prefix_caching=False)
+    llm, ended = LLM(device="cpu", **options), []
+    ids = [llm.add_request([5] * length, asked(num_tokens)) for length in lengths]
+    try:
+        while not llm.is_finished():
+            ended += [ids.index(seq.seq_id) for seq in llm.step() if seq.is_finished]
+    except RuntimeError:  # it could schedule nobody
+        pass
+    return ended
+
+Scheduler.preempt = preempt
+print(json.dumps([ends([1, 3], 8)[0], len(ends([1, 1], 10))]))
+"""
+    first, come = counted(5, script)
     hint = "where request 1 needs a block, request 0 gives all of its own"
-    near("ends_first", ends_first, 1, hint, 0)
+    near("ends_first", ends_first, first, hint, 0)
+    near("ended", ended, come, "the oldest preempts itself, and nobody is left to run", 0)
 
 
 @exercise
@@ -172,3 +198,38 @@ def shortest_first() -> None:
     ended = order_of_ends([(9, 2), (30, 2), (4, 2), (12, 2)], max_num_seqs=1)
     if ended not in ([2, 0, 3, 1], [0, 2, 3, 1]):  # or the first had begun
         raise Wrong(f"prompts of 9, 30, 4 and 12 tokens ended in this order: {ended}")
+    ended = order_of_ends([(4, 2), (2, 2), (2, 2), (2, 2)], max_num_seqs=1)
+    if ended not in ([1, 2, 3, 0], [0, 1, 2, 3]):
+        raise Wrong(f"prompts of 4, 2, 2 and 2 tokens ended in this order: {ended}")
+    if (found := admitted_next([12], preempt=True)) != [0]:
+        raise Wrong("a request that was preempted is not the next one that runs")
+    if 2 not in (found := admitted_next([6, 12], preempt=False)):
+        raise Wrong(f"a short prompt for which there is room stays outside: {found} run")
+
+
+def admitted_next(lengths: list[int], preempt: bool) -> list[int]:
+    """Who is in the step in which a prompt of one token comes behind others, in 4 blocks of 4.
+
+    The first has begun before, and may have been preempted.
+    """
+    from nanovllm import SamplingParams
+    from nanovllm.config import Config
+    from nanovllm.engine.scheduler import Scheduler
+    from nanovllm.engine.sequence import Sequence
+
+    scheduler = Scheduler(Config(kvcache_block_size=4, max_num_seqs=1 + (not preempt)), 4, ())
+    first, *others = (
+        Sequence(i, [5 + i] * length, SamplingParams(ignore_eos=True), 0)
+        for i, length in enumerate([*lengths, 1])
+    )
+    scheduler.add(first)
+    planned = scheduler.schedule()
+    if preempt:
+        scheduler.preempt()
+    else:
+        scheduler.postprocess(planned, [7])
+    if preempt:
+        others = [Sequence(1, [9], SamplingParams(ignore_eos=True), 0)]
+    for seq in others:
+        scheduler.add(seq)
+    return [seq.seq_id for seq in scheduler.schedule()]

@@ -127,6 +127,7 @@ def candidates(rule: Callable[[Any, int, int], Any]) -> None:
         "a row": torch.randn(1000),
         "a row whose last part is shorter, all of it below 0": torch.randn(70) - 9,
         "a row with equal logits": torch.randn(600).bfloat16().float(),
+        "a row whose maxima are equal": torch.randn(600).round(),
         "a row with parts that are all -inf": torch.randn(400).index_fill(
             0, torch.arange(64, 320), -torch.inf
         ),

@@ -124,7 +124,7 @@ async def ask_load(llm: Any) -> list[tuple[int, Any]]:
     from nanovllm.serve.engine_process import in_thread
     from nanovllm.serve.settings import ServeConfig
 
-    client = EngineClient(in_thread(llm), max_open=7)
+    client = EngineClient(in_thread(llm), max_open=7, share=4)
     app = make_app(client, ServeConfig(api_key="secret"))
     client.start()
     try:

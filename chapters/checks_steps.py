@@ -120,7 +120,7 @@ def rows_run(llm: Any, prompts: list[list[int]], **params: Any) -> int:
 @exercise
 def dropped() -> None:
     """An engine that counts the rows whose token nobody wanted."""
-    from nanovllm import LLM
+    from nanovllm import LLM, SamplingParams
 
     options: dict[str, Any] = dict(kvcache_block_size=16, enable_prefix_caching=False)
     llm = LLM(device="cpu", async_scheduling=True, max_num_batched_tokens=16, **options)
@@ -139,6 +139,12 @@ def dropped() -> None:
             tokens_of(llm, asked, max_tokens=8, **params)
             if (found := llm.pipeline.num_dropped - before) != right:
                 raise Wrong(f"{len(asked)} requests, {what}: {found} rows counted, and {right} are")
+        before = llm.pipeline.num_dropped
+        chunked = llm.add_request(prompts[0], SamplingParams(max_tokens=8))
+        llm.step()
+        llm.abort(chunked)
+        if llm.pipeline.num_dropped != before:
+            raise Wrong("a request that is aborted between two chunks counts, and has no such row")
     finally:
         llm.exit()
 

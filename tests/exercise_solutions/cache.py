@@ -22,7 +22,7 @@ ANSWERS: dict[str, dict] = {
     "common-prompt": dict(share_16=0.72, share_256=0.64),
     "release-order": dict(found=0),
     "trust-the-hash": dict(found=20, blocks=1),
-    "oldest-first": dict(ends_first=1),
+    "oldest-first": dict(ends_first=1, ended=0),
     "decode-first": dict(steps=5, tokens=10, turned_steps=4, turned_tokens=2),
 }
 
@@ -144,9 +144,13 @@ class LLMEngine(LLMEngine):
     ],
     "shortest-first": [
         """#| export: nanovllm/engine/scheduler.py
+def rank(seq: Sequence) -> tuple[bool, int]:
+    return seq.num_preemptions == 0, seq.num_prompt_tokens
+
+
 class Scheduler(Scheduler):
     def can_admit(self) -> bool:
-        self.waiting = deque(sorted(self.waiting, key=len))
+        self.waiting = deque(sorted(self.waiting, key=rank))
         if not self.waiting or len(self.running) == self.max_num_seqs:
             return False
         return self.block_manager.can_allocate(self.waiting[0])
