@@ -228,8 +228,6 @@ def admitted_next(lengths: list[int], preempt: bool) -> list[int]:
         scheduler.preempt()
     else:
         scheduler.postprocess(planned, [7])
-    if preempt:
-        others = [Sequence(1, [9], SamplingParams(ignore_eos=True), 0)]
     for seq in others:
         scheduler.add(seq)
     return [seq.seq_id for seq in scheduler.schedule()]
