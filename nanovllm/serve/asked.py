@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import count
 from typing import Any
 
@@ -10,18 +10,19 @@ from nanovllm.engine.guide import FORM
 from nanovllm.engine.requests import make_sequence
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.serve.engine_process import SUGGESTED, About
+from nanovllm.serve.engine_process import About
 from nanovllm.serve.protocol import ChatRequest, CompletionRequest, Sampling
 from nanovllm.utils.errors import as_value_error
 from nanovllm.utils.tokenizer import Prompt, as_prompt_list
 
 MOST_STOPS, LONGEST_STOP = 16, 256  # strings, characters: each is searched for at every token
-OWN = "seed", "stop", "presence_penalty", "frequency_penalty", "ignore_eos", "stop_token_ids"
+# What the engine and its callers know by one name; JSON has other keys for logit_bias.
+OWN = {x.name for x in fields(SamplingParams)} & Sampling.model_fields.keys() - {"logit_bias"}
 
 
 def choices_of(body: Sampling, about: About) -> dict[str, Any]:
     """The options of SamplingParams that a body asks for; ValueError for what none can have."""
-    given = {name: getattr(body, name) for name in (*OWN, *SUGGESTED)}
+    given = {name: getattr(body, name) for name in OWN}
     given = {name: value for name, value in given.items() if value is not None}
     stops = given.get("stop", ())
     stops = (stops,) if isinstance(stops, str) else stops

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -15,8 +16,10 @@ import nanovllm
 from nanovllm import SamplingParams
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.requests import make_sequence
+from nanovllm.serve.asked import completion_params
 from nanovllm.serve.client import EngineClient, pieces
-from nanovllm.serve.engine_process import in_thread
+from nanovllm.serve.engine_process import about, in_thread
+from nanovllm.serve.protocol import CompletionRequest, Sampling
 
 TEXTS = "a", " ", "ñ", "€", "🙂", "ab", "xyz", " a", "漢", "once upon"
 BYTES = b"\xc3\xb1\xe2\x82\xac\xf0\x9f\x99\x82\xff\x20\x61"
@@ -95,3 +98,24 @@ def test_who_wants_the_whole_reply_is_told_once(llm):
     hand_out = client.hand_out
     client.hand_out = lambda told: (news.extend(told), hand_out(told))
     asyncio.run(both())
+
+
+NOT_ITS_DEFAULT = {
+    "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.25, "seed": 7, "stop": ["x"],
+    "stop_token_ids": [5], "ignore_eos": True, "presence_penalty": 0.5, "frequency_penalty": 0.5,
+    "repetition_penalty": 1.5, "logit_bias": {"7": 1.0},
+}  # fmt: skip
+# What chat and completions ask for in words of their own.
+OTHERWISE = "max_tokens", "logprobs", "prompt_logprobs", "json_schema", "grammar"
+
+
+@pytest.mark.parametrize("name", sorted({x.name for x in fields(SamplingParams)}))
+def test_what_a_body_has_of_the_engines_options_reaches_the_engine(llm, name):
+    """A field that is read, and then left, would be a wish that nobody hears."""
+    if name not in Sampling.model_fields:
+        assert name in OTHERWISE
+        return
+    body = CompletionRequest(prompt="x", **{name: NOT_ITS_DEFAULT[name]})
+    found = getattr(completion_params(body, about(llm)), name)
+    assert found != getattr(SamplingParams(), name)
+    assert found in (NOT_ITS_DEFAULT[name], {7: 1.0}, ("x",), (5,))
