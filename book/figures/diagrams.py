@@ -252,7 +252,27 @@ def rope(height: int = 626, radius: float = 84) -> Axes:
     return ax
 
 
-DIAGRAMS = (decode_loop, gqa, naive_recompute, prefill_decode, cache_rows, rope)
+def race(height: int = 176) -> Axes:
+    """Four candidates wait, each with its own rate; the first to ring is drawn."""
+    ax, x, scale, top, row = canvas(height), 206, 74, 20, 30
+    candidates = ((0.5, 0.90), (0.3, 0.24), (0.15, 0.75), (0.05, 0.29))  # p, E
+    times = [noise / p for p, noise in candidates]
+    for i, ((p, noise), time) in enumerate(zip(candidates, times)):
+        y, wins = top + i * row, time == min(times)
+        label(ax, 14, y, f"p = {p}", SMALL, ha="left", bold=wins)
+        label(ax, 96, y, f"E = {noise:.2f}", SMALL, ha="left", bold=wins)
+        line(ax, (x, y), (x + scale * time, y), color=INK if wins else PALE, width=2)
+        dot = Circle((x + scale * time, y), 6, facecolor=NOW if wins else NEUTRAL, edgecolor=INK)
+        ax.add_patch(dot)
+        text = f"{time:.1f}: rings first, and is drawn" if wins else f"{time:.1f}"
+        label(ax, x + scale * time + 14, y, text, SMALL, ha="left", bold=wins)
+    low = top + 4 * row
+    arrow(ax, (x, low), (680, low))
+    label(ax, x, low + 20, "time until it rings: E / p", SMALL, SOFT, ha="left")
+    return ax
+
+
+DIAGRAMS = (decode_loop, gqa, naive_recompute, prefill_decode, cache_rows, rope, race)
 
 
 def main() -> None:

@@ -342,6 +342,36 @@ def overlap(height: int = 570) -> Axes:
     return ax
 
 
+def counters(height: int = 324) -> Axes:
+    """What the numbers of a sequence count, while two steps are in flight."""
+    ax, x, wide, top = canvas(height), 244, 34, 34
+    prompt, length, pending = 8, 13, 2
+    fills = [KEPT] * (length - pending) + [NOW, WHITE]
+    texts = [*map(str, range(length - pending)), *["?"] * pending]
+    label(ax, 14, top + 17, "token_ids", ha="left", bold=True)
+    cells(ax, x, top, fills, wide, 34, texts)
+    label(ax, x + prompt * wide / 2, top - 16, "prompt", SMALL, SOFT)
+    label(ax, x + (prompt + length) * wide / 2, top - 16, "completion", SMALL, SOFT)
+    for i, (name, start, stop) in enumerate((
+        ("num_prompt_tokens", 0, prompt),
+        ("num_cached_tokens", 0, 4),
+        ("num_computed_tokens", 0, length - 1),
+        ("num_scheduled_tokens", length - 2, length - 1),
+        ("num_known_tokens", 0, length - pending),
+        ("num_pending_tokens", length - pending, length),
+    )):  # fmt: skip
+        y, left, right = top + 62 + 30 * i, x + start * wide, x + stop * wide
+        label(ax, 14, y, f"{name} = {stop - start}", SMALL, ha="left")
+        line(ax, (left + 3, y), (right - 3, y), color=INK, width=2)
+        for end in (left + 3, right - 3):
+            line(ax, (end, y - 6), (end, y + 6), color=INK, width=2)
+    y = height - 34
+    legend(ax, 14, y, KEPT, "in the cache")
+    legend(ax, 158, y, NOW, "run by the step just launched")
+    legend(ax, 436, y, WHITE, "run by the next one")
+    return ax
+
+
 DIAGRAMS = (
     online_softmax,
     attention_traffic,
@@ -349,4 +379,5 @@ DIAGRAMS = (
     prefill_tiles,
     launch_gaps,
     overlap,
+    counters,
 )
