@@ -33,6 +33,14 @@ def near(name: str, given: float, right: float, hint: str, within: float = 0.02)
         raise Wrong(f"{name} is not {given}: {hint}")
 
 
+def made_by(rule: Callable, *given: Any) -> Any:
+    """What a reader's function makes of something; Wrong where it fails."""
+    try:
+        return rule(*given)
+    except Exception as error:
+        raise Wrong(f"of {', '.join(map(repr, given))} it makes no answer: {error!r}") from error
+
+
 def tokens_of(llm: Any, prompts: list[list[int]], **params: Any) -> list[list[int]]:
     """The token ids that an engine answers each prompt with."""
     from nanovllm import SamplingParams

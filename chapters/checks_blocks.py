@@ -201,7 +201,7 @@ def shortest_first() -> None:
     ended = order_of_ends([(4, 2), (2, 2), (2, 2), (2, 2)], max_num_seqs=1)
     if ended not in ([1, 2, 3, 0], [0, 1, 2, 3]):
         raise Wrong(f"prompts of 4, 2, 2 and 2 tokens ended in this order: {ended}")
-    if (found := admitted_next([12], preempt=True)) != [0]:
+    if admitted_next([12], preempt=True) != [0]:
         raise Wrong("a request that was preempted is not the next one that runs")
     if 2 not in (found := admitted_next([6, 12], preempt=False)):
         raise Wrong(f"a short prompt for which there is room stays outside: {found} run")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from checks import Wrong, counted, exercise, near, order_of_ends, steps, tokens_of
+from checks import Wrong, counted, exercise, made_by, near, order_of_ends, steps, tokens_of
 
 # ---- Chapter 0 ----
 
@@ -71,10 +71,7 @@ def hold_back(safe: Callable[[str, str], str]) -> None:
         ("lot", "the end", "lo"), ("abab", "abac", "ab"), ("aab", "aac", "aab"),
         ("aaa", "aab", "a"), ("stop stop", "stop", ""), ("", "x", ""), ("ax", "x", "a"),
     ]:  # fmt: skip
-        try:
-            shown = safe(text, stop)
-        except Exception as error:
-            raise Wrong(f"safe({text!r}, {stop!r}) is not to fail: {error!r}") from error
+        shown = made_by(safe, text, stop)
         if shown != right:
             raise Wrong(f"safe({text!r}, {stop!r}) is not {shown!r}, but {right!r}")
 

@@ -9,16 +9,7 @@ from functools import cache
 from threading import Barrier, BrokenBarrierError
 from typing import Any
 
-from checks import Wrong, exercise, near, tokens_of
-
-
-def made_by(rule: Callable, *given: Any) -> Any:
-    """What a reader's function makes of something; Wrong where it fails."""
-    try:
-        return rule(*given)
-    except Exception as error:
-        raise Wrong(f"of {', '.join(map(repr, given))} it makes no answer: {error!r}") from error
-
+from checks import Wrong, exercise, made_by, near, tokens_of
 
 # ---- Chapter 10 ----
 
