@@ -10,7 +10,9 @@ nobody waits for the slowest test of a part. What a part prints is shown when it
 The conformance suite runs at every stage, that is on the package as of every chapter: each of its
 files at its first stage, at the last, and at each stage whose chapter changes a module whose laws
 the file holds, unless the last stage has that module as it is then. At the others the same code
-would answer the same questions again. What is left out is counted in the summary.
+would answer the same questions again. And of what such a file asks, a stage between its first and
+the last takes one test in ONE_IN, by turns: so many stages in a row ask everything. What is left
+out is counted in the summary; with `--all` nothing is.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ SUITE = ROOT / "tests/conformance"
 BIN = Path(sys.executable).parent
 WORKERS = max(2, (os.cpu_count() or 1) // 2)
 STEP_LIMIT_S = 2400  # a step that hangs is a failure, not a wait
+ONE_IN = 4  # tests of earlier chapters that are asked at a stage before the last
 NOTEBOOK_PARTS = 4  # into which the notebooks are dealt out
 
 # What is scheduled when, and what is kept meanwhile. That attention over the scheduled tokens is
@@ -235,38 +238,41 @@ def left_out(stage: int) -> list[str]:
     return found
 
 
-def checks() -> Count:
-    """What needs no test run: lint, tangle and types."""
+def checks() -> list[Callable[[], Count]]:
+    """What needs no test run: types, lint, tangle and sizes; what takes long first."""
     tangled = (sys.executable, "chapters/tangle.py")
-    return (
-        check("ruff format --check", str(BIN / "ruff"), "format", "--check", ".")
-        + check("ruff check", str(BIN / "ruff"), "check", ".")
-        + check("nanovllm/ is what the chapters say", *tangled, "--check")
-        + check("no name is defined too often", *tangled, "--count")
-        + check("types", sys.executable, "-m", "mypy")
-        + check("the sizes stay in their limits", sys.executable, "tests/sizes.py")
-    )
+    return [
+        partial(check, "types", sys.executable, "-m", "mypy"),
+        partial(check, "ruff format --check", str(BIN / "ruff"), "format", "--check", "."),
+        partial(check, "ruff check", str(BIN / "ruff"), "check", "."),
+        partial(check, "nanovllm/ is what the chapters say", *tangled, "--check"),
+        partial(check, "no name is defined too often", *tangled, "--count"),
+        partial(check, "the sizes stay in their limits", sys.executable, "tests/sizes.py"),
+    ]
 
 
 def quick() -> Count:
     """`make check`: the checks, and the quick tests of the package as it stands."""
-    total = checks()
+    total = sum(side_by_side(checks()), Count())
     ignored = (f"--ignore={name}" for name in SLOW)
     total += pytest("the quick tests", "tests", *ignored, workers=WORKERS)
     print(f"\n== left to make test: every stage but the last, the book, and\n{chr(10).join(SLOW)}")
     return total
 
 
-def suite_at(stage: int) -> Count:
-    """The conformance suite at one stage, without what is left out there."""
-    ignored = (f"--ignore={SUITE / name}" for name in left_out(stage))
-    return pytest(f"stage {stage}", str(SUITE), *ignored, NANOVLLM_STAGE=str(stage))
+def suite_at(stage: int, in_full: bool) -> Count:
+    """The conformance suite at one stage, in full or without what is left out there."""
+    ignored = [] if in_full else [f"--ignore={SUITE / name}" for name in left_out(stage)]
+    one_in = 1 if in_full or stage == tangle.last() else ONE_IN
+    environment = dict(NANOVLLM_STAGE=str(stage), NANOVLLM_ONE_IN=str(one_in))
+    return pytest(f"stage {stage}", str(SUITE), *ignored, **environment)
 
 
-def everything() -> Count:
+def everything(in_full: bool) -> Count:
     """`make test`: what is quick first, then the parts, those that take long first."""
-    book = (str(BIN / "jupyter-book"), "build", ".", "--all", "-W", "--keep-going", "-q")
-    checked = checks() + check("the book builds without a warning", *book)
+    command = (str(BIN / "jupyter-book"), "build", ".", "--all", "-W", "--keep-going", "-q")
+    book = partial(check, "the book builds without a warning", *command)
+    checked = sum(side_by_side([book, *checks()]), Count())
     stages = range(tangle.last(), 0, -1)
     chapters = sorted((ROOT / "chapters").glob("*.ipynb"))
     pages = sorted((ROOT / "book").glob("*.ipynb"))
@@ -274,12 +280,12 @@ def everything() -> Count:
     dealt = [paths[i::NOTEBOOK_PARTS] for i in range(NOTEBOOK_PARTS)]
     execute = "--nbmake", "--nbmake-timeout=300", "--durations=0"
     jobs = [partial(pytest, "tests", "tests", f"--ignore={SUITE}")]
-    jobs += [partial(suite_at, stages[0])]
+    jobs += [partial(suite_at, stages[0], in_full)]
     jobs += [
         partial(pytest, f"notebooks, part {i} of {NOTEBOOK_PARTS}", *execute, *part)
         for i, part in enumerate(dealt, start=1)
     ]
-    jobs += [partial(suite_at, stage) for stage in stages[1:]]
+    jobs += [partial(suite_at, stage, in_full) for stage in stages[1:]]
     tests, last, *others = side_by_side(jobs)
     notebooks = sum(others[:NOTEBOOK_PARTS], Count())
     suites = sum(others[NOTEBOOK_PARTS:], last)
@@ -288,7 +294,7 @@ def everything() -> Count:
     print(f"tests      {tests}")
     print(f"stages     {suites} (one conformance suite, {tangle.last()} stages)")
     for stage in sorted(stages):
-        if names := left_out(stage):
+        if not in_full and (names := left_out(stage)):
             print(f"           files not asked again at stage {stage}: {len(names)}")
     where = f"chapters: {len(chapters)}, appendices: {len(pages)}"
     print(f"notebooks  {notebooks} ({where})")
@@ -301,8 +307,11 @@ def everything() -> Count:
 def main() -> int:
     """Run the steps and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="lint, tangle, types, quick tests")
-    total = quick() if parser.parse_args().quick else everything()
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="lint, tangle, types, quick tests")
+    which.add_argument("--all", action="store_true", help="ask everything at every stage")
+    args = parser.parse_args()
+    total = quick() if args.quick else everything(in_full=args.all)
     if total.not_run:
         print(f"{total.not_run} tests not run here (need a GPU)")
     print(total, flush=True)

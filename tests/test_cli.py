@@ -1,5 +1,6 @@
 """The command line: what it prints, and with which status it ends."""
 
+import io
 import json
 import os
 import shutil
@@ -22,6 +23,26 @@ def nanovllm(*arguments: str, **settings) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, capture_output=True, text=True, env=ENVIRONMENT, timeout=100, **settings
     )
+
+
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """`here(*arguments)` runs the command line in this process: seconds less than in its own."""
+    from nanovllm.__main__ import main
+
+    def run(*arguments: str, input: str | bytes = b"") -> subprocess.CompletedProcess:
+        typed = input if isinstance(input, bytes) else input.encode()
+        monkeypatch.setattr(sys, "argv", ["nanovllm", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+        status = main()
+        return subprocess.CompletedProcess(arguments, status, *capfd.readouterr())
+
+    return run
+
+
+def is_one_clear_line(ran: subprocess.CompletedProcess) -> bool:
+    told = ran.stderr.count("nanovllm: error: ") == ran.stderr.count("\n") == 1
+    return told and ran.stdout == "" and "Traceback" not in ran.stderr
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["bench"]])
@@ -50,18 +71,18 @@ def test_the_help_of_seed_promises_what_holds():
     assert "in float32 on a CPU" in shown and "half precision" in shown
 
 
-def test_generate_streams_the_story_and_says_how_fast():
+def test_generate_streams_the_story_and_says_how_fast(here):
     ran = nanovllm("generate", "Once upon a time", "--seed", "1", "--max-tokens", "30")
     assert ran.returncode == 0
     assert ran.stdout.startswith("Once upon a time") and len(ran.stdout) > 40
     assert "30 tokens" in ran.stderr and "tokens/s" in ran.stderr
-    again = nanovllm("generate", "Once upon a time", "--seed", "1", "--max-tokens", "30")
+    again = here("generate", "Once upon a time", "--seed", "1", "--max-tokens", "30")
     assert again.stdout == ran.stdout
 
 
-def test_stop_may_be_given_again():
+def test_stop_may_be_given_again(here):
     arguments = ("generate", "Once upon a time", "--seed", "1", "--stop", ".", "--stop", "a")
-    assert "a" not in nanovllm(*arguments).stdout.removeprefix("Once upon a time")
+    assert "a" not in here(*arguments).stdout.removeprefix("Once upon a time")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +99,7 @@ def test_stop_may_be_given_again():
         ["generate", "Hi", "--max-model-len", "5000"],
         ["generate", "Hi", "--tensor-parallel-size", "3"],
         ["generate", "Hi", "--device", "tpu"],
-        ["generate", b"\xff"],
+        ["generate", "\udcff"],
         ["bench", "--shape", "qwen9"],
         ["bench", "--shape", "qwen3-0.6b", "--model", "x"],
         ["bench", "--repeats", "0"],
@@ -86,12 +107,16 @@ def test_stop_may_be_given_again():
         ["bench", "--stage", "0"],
     ],
 )
-def test_a_bad_value_is_one_clear_line_and_status_2(arguments):
-    ran = nanovllm(*arguments)
-    assert ran.returncode == 2, ran.stderr
-    assert "Traceback" not in ran.stderr and "error" in ran.stderr
-    assert ran.stderr.count("nanovllm: error: ") == ran.stderr.count("\n") == 1
-    assert ran.stdout == ""
+def test_a_bad_value_is_one_clear_line_and_status_2(arguments, here):
+    ran = here(*arguments)
+    assert ran.returncode == 2 and is_one_clear_line(ran), ran.stderr
+
+
+@pytest.mark.parametrize("argument", [b"\xff", "--temperature=nan"])
+def test_a_process_of_its_own_ends_with_that_line_and_status(argument):
+    ran = nanovllm("generate", "Hi", argument)
+    assert ran.returncode == 2 and ran.stdout == "", ran.stderr
+    assert "nanovllm: error: " in ran.stderr.splitlines()[-1] and "Traceback" not in ran.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["dance"], ["generate"], ["generate", "Hi", "--bogus"]])
@@ -127,10 +152,9 @@ def test_a_reader_that_goes_away_is_no_error():
     assert "Traceback" not in ran.stderr and ran.stdout == "Once "[: len(ran.stdout)]
 
 
-def test_a_cache_that_no_memory_holds_is_one_clear_line_and_status_1():
-    ran = nanovllm("generate", "Hi", "--device", "cpu", "--num-kvcache-blocks", "1000000000")
-    assert ran.returncode == 1 and ran.stdout == ""
-    assert ran.stderr.startswith("nanovllm: error: ") and ran.stderr.count("\n") == 1
+def test_a_cache_that_no_memory_holds_is_one_clear_line_and_status_1(here):
+    ran = here("generate", "Hi", "--device", "cpu", "--num-kvcache-blocks", "1000000000")
+    assert ran.returncode == 1 and is_one_clear_line(ran), ran.stderr
 
 
 FULL = Path("/dev/full")  # a disk without room, on Linux
@@ -164,41 +188,40 @@ def with_template(folder: Path, template: str | None) -> str:
     return str(folder)
 
 
-def test_chat_goes_on_after_a_line_of_invalid_bytes():
-    command = [sys.executable, "-m", "nanovllm", "chat", "--temperature", "0"]
+def test_chat_goes_on_after_a_line_of_invalid_bytes(here):
     lines = b"Hello\n\xff\xfe\nTell me a story about a fox.\n"
-    ran = subprocess.run(command, input=lines, capture_output=True, env=ENVIRONMENT, timeout=100)
-    errors = ran.stderr.decode()
+    ran = here("chat", "--temperature", "0", input=lines)
+    errors = ran.stderr
     assert ran.returncode == 0, errors
-    assert ran.stdout.count(b"you> ") == 4 and b"fox" in ran.stdout
+    assert ran.stdout.count("you> ") == 4 and "fox" in ran.stdout
     assert errors.count("tokens/s") == 2 and "Traceback" not in errors
     assert errors.count("nanovllm: error: ") == 1 and "no Unicode text" in errors
 
 
-def test_chat_goes_on_after_a_refusal_of_the_template(tmp_path):
+def test_chat_goes_on_after_a_refusal_of_the_template(tmp_path, here):
     template = (
         "{% if 'secret' in messages[-1].content %}{{ raise_exception('not that\nplease') }}"
         "{% endif %}{{ messages[-1].content }}"
     )
     model = with_template(tmp_path / "model", template)
     options = ("--model", model, "--max-tokens", "5")
-    ran = nanovllm("chat", *options, input="Hello\nthe secret\nHello\n")
+    ran = here("chat", *options, input="Hello\nthe secret\nHello\n")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("you> ") == 4 and ran.stderr.count("tokens/s") == 2
     assert ran.stderr.count("nanovllm: error: ") == 1 and ran.stderr.count("\n") == 3
     assert "not that" in ran.stderr and "Traceback" not in ran.stderr
 
 
-def test_chat_without_a_template_ends_at_once_with_status_2(tmp_path):
-    ran = nanovllm("chat", "--model", with_template(tmp_path / "model", None), input="Hello\nHi\n")
+def test_chat_without_a_template_ends_at_once_with_status_2(tmp_path, here):
+    ran = here("chat", "--model", with_template(tmp_path / "model", None), input="Hello\nHi\n")
     assert ran.returncode == 2 and ran.stdout == ""
     assert "no chat template" in ran.stderr and ran.stderr.count("\n") == 1
 
 
-def test_chat_drops_the_oldest_exchange_once_the_cache_is_full():
+def test_chat_drops_the_oldest_exchange_once_the_cache_is_full(here):
     options = ("--kvcache-block-size", "16", "--num-kvcache-blocks", "8", "--max-tokens", "60")
     lines = "Tell me a story about a fox.\n" * 5
-    ran = nanovllm("chat", *options, "--ignore-eos", input=lines)
+    ran = here("chat", *options, "--ignore-eos", input=lines)
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr.count("tokens/s") == 5 and "error" not in ran.stderr
 
@@ -221,7 +244,7 @@ def test_bench_prints_one_json_object():
 
 
 def test_bench_measures_an_earlier_stage():
-    ran = nanovllm("bench", "--stage=1", "--repeats", "1", "--device", "cpu")
+    ran = nanovllm("bench", "--stage=4", "--repeats", "1", "--device", "cpu")
     assert ran.returncode == 0, ran.stderr
     assert "output tokens/s" in ran.stdout
 

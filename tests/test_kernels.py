@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact_dot import exact_dot, use_exact_dots
 from kernel_cases import (
     DEV,
     DTYPES,
@@ -1061,6 +1062,19 @@ def test_a_row_without_a_token_is_told_nothing_and_harms_nobody():
 # A fixed order
 
 
+@pytest.mark.parametrize("shape", [(16, 64, 16), (64, 128, 32)], ids=str)
+def test_an_exact_dot_has_the_same_bits_in_each_place(shape):
+    """The product of one row and one column, whatever lies beside them."""
+    m, k, n = shape
+    a, b = torch.randn(m, k).numpy(), torch.randn(k, n).numpy()
+    whole = exact_dot(a, b, a.dtype)
+    torch.testing.assert_close(torch.tensor(whole), torch.tensor(a @ b))
+    for _ in range(20):
+        rows, columns = torch.randperm(m)[: 1 + m // 3], torch.randperm(n)[: 1 + n // 2]
+        part = exact_dot(a[rows], b[:, columns], a.dtype)
+        assert (part == whole[rows][:, columns]).all()
+
+
 @each_dtype
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (6, 2, 32), (8, 1, 16)])
 def test_fixed_attention_is_attention_and_the_same_for_any_portion(
@@ -1070,6 +1084,8 @@ def test_fixed_attention_is_attention_and_the_same_for_any_portion(
 
     As float32: rounded to half precision, most of what differs in its last bits would be equal.
     """
+    if not ON_GPU:
+        use_exact_dots(monkeypatch)
     spans = [(70, 70), (1, 1), (20, 90)]
     batch = PagedBatch(spans, 16, heads, kv_heads, head_dim, dtype)
     caches, lens = (batch.k_cache, batch.v_cache), batch.on_device(batch.lens)
@@ -1103,8 +1119,7 @@ def test_fixed_attention_is_attention_and_the_same_for_any_portion(
     check(torch.cat(whole).to(dtype), batch.expected(), factor=2)
     for count in (1, 2, 17, 33):
         for part, full in zip(attend(count), whole, strict=True):
-            if ON_GPU or dtype == torch.float32:  # else NumPy's products, which depend on a tile
-                assert torch.equal(part, full[-len(part) :])
+            assert torch.equal(part, full[-len(part) :])
     for splits, most_bytes in ((1, 1 << 20), (2, 1 << 20), (3, 1 << 20), (66, 1 << 20), (2, 1)):
         for part, full in zip(decode(splits, most_bytes), attend(1), strict=True):
             assert torch.equal(part, full)

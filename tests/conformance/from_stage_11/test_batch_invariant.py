@@ -1,7 +1,7 @@
 """With `batch_invariant` a request has the same bits, whatever comes with it and however.
 
-On a CPU in float32, for which the kernels have one size of tile: the interpreter's products are
-NumPy's, and these depend on the size. On a GPU the matrix units' do not, which is tested there.
+On a CPU the interpreter's products are summed in one order: that of NumPy's depends on the size of
+a tile and on the CPU. On a GPU the matrix units' does not, which is tested there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import random_prompts, save_random, supported
 from device import ON_GPU, build
+from exact_dot import use_exact_dots
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import fixed_linear as module
@@ -40,6 +41,12 @@ WAYS = {
     "chunks": dict(max_num_batched_tokens=7, max_num_seqs=7),
     "preempted": dict(num_kvcache_blocks=8 if ON_GPU else 4, enable_prefix_caching=False),
 }
+
+
+@pytest.fixture(autouse=True)
+def products_have_one_order(monkeypatch):
+    if not ON_GPU:
+        use_exact_dots(monkeypatch)
 
 
 @pytest.fixture(scope="module", params=supported(FAMILIES), ids=lambda param: param[0])
