@@ -3,16 +3,17 @@
 import json
 import multiprocessing
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from nanovllm.engine.guide import prepare_guides
+from nanovllm.engine.parallel_runner import interrupts_wait
 from nanovllm.engine.requests import Limits
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
@@ -64,15 +65,21 @@ def sampling_defaults(folder: Path) -> dict[str, float]:
     return found
 
 
-def start_deaf(process: BaseProcess) -> None:
-    """Start a process that a terminal's Ctrl-C does not reach: whoever starts it decides.
+CONTEXT = multiprocessing.get_context("spawn")
 
-    It inherits that the signal is blocked. One that comes here meanwhile is not lost: it waits.
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """A terminal's Ctrl-C does not reach a process that is started inside: who starts it decides.
+
+    It inherits that the signal is blocked. One that comes here meanwhile waits for the end, when
+    all that was started has been noted.
     """
     ensure_running()  # else `start` does it, and lets the signal through behind it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        process.start()
+        with interrupts_wait():  # one that another of our threads has got
+            yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -82,10 +89,10 @@ def in_process(options: dict[str, Any], num_pipes: int = 1) -> tuple[list[Connec
 
     options: of `LLM`. The first message is `about` it, or the error that it failed with.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = zip(*(context.Pipe() for _ in range(num_pipes)), strict=True)
-    process = context.Process(target=work, args=(theirs, options), name="engine")
-    start_deaf(process)
+    ours, theirs = zip(*(CONTEXT.Pipe() for _ in range(num_pipes)), strict=True)
+    process = CONTEXT.Process(target=work, args=(theirs, options), name="engine")
+    with deaf():
+        process.start()
     for pipe in theirs:
         pipe.close()  # so that the end of the process is the end of the pipes
     return list(ours), process

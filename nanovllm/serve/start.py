@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -17,7 +18,7 @@ import uvicorn
 
 from nanovllm.serve.app import make_app
 from nanovllm.serve.client import ENDED, EngineClient
-from nanovllm.serve.engine_process import in_process, start_deaf
+from nanovllm.serve.engine_process import CONTEXT, deaf, in_process
 from nanovllm.serve.guards import LOCAL_HOSTS
 from nanovllm.serve.settings import ServeConfig
 
@@ -29,25 +30,22 @@ def serve(options: dict[str, Any], config: ServeConfig) -> None:
 
     options: of `LLM`. ValueError where they don't fit; RuntimeError where a process is lost.
     """
-    key = os.environ.get("NANOVLLM_API_KEY")
-    if config.api_key is None and key:
+    if config.api_key is None and (key := os.environ.get("NANOVLLM_API_KEY")):
         config = replace(config, api_key=key)
     if config.api_key is None and config.host not in LOCAL_HOSTS:
-        raise ValueError(
-            f"host={config.host!r} lets others in: give an api_key that they must send"
-        )
-    doors = open_doors(config)
-    pipes, engine = in_process(options, len(doors))
-    others: list[BaseProcess] = []
+        raise ValueError(f"host={config.host!r} lets others in: give an api_key that they send")
+    doors, others = open_doors(config), list[BaseProcess]()
     ready, tell_ready = CONTEXT.Pipe(duplex=False)
-    try:
-        for pipe, door in zip(pipes[1:], doors[1:], strict=True):
-            life = pipe, config, door, tell_ready
-            beside = CONTEXT.Process(target=serve_beside, args=life)
-            start_deaf(beside)
-            others.append(beside)
-            pipe.close()  # it is the other's now
-            door.close()
+    with ExitStack() as at_the_end:
+        with deaf():
+            pipes, engine = in_process(options, len(doors))
+            at_the_end.callback(end_all, pipes, others, engine)
+            for pipe, door in zip(pipes[1:], doors[1:], strict=True):
+                beside = CONTEXT.Process(target=serve_beside, args=(pipe, config, door, tell_ready))
+                beside.start()
+                others.append(beside)
+                pipe.close()  # it is the other's now
+                door.close()
         server = make_server(pipes[0], config, ready)
         server.others = others
         server.run(sockets=doors[:1])
@@ -55,13 +53,17 @@ def serve(options: dict[str, Any], config: ServeConfig) -> None:
             raise RuntimeError(ENDED)
         if server.has_lost_one:
             raise RuntimeError("a process that speaks HTTP has ended")
-    finally:
-        pipes[0].close()  # the engine ends, if nobody has told it to
-        for process in others:
-            process.terminate()  # one that still waits for the engine
-        for process in (*others, engine):
-            process.join(10)
-            process.kill()
+
+
+def end_all(pipes: list[Connection], others: list[BaseProcess], engine: BaseProcess) -> None:
+    """Close what is ours of the pipes; then end each process, with ten seconds' patience."""
+    for pipe in pipes:
+        pipe.close()
+    for process in others:
+        process.terminate()  # one that still waits for the engine
+    for process in (*others, engine):
+        process.join(10)
+        process.kill()
 
 
 def open_doors(config: ServeConfig) -> list[socket.socket]:
@@ -93,9 +95,6 @@ def bound(family: int, place: Any, is_shared: bool) -> socket.socket:
     return door
 
 
-CONTEXT = multiprocessing.get_context("spawn")
-
-
 def serve_beside(
     pipe: Connection, config: ServeConfig, door: socket.socket, ready: Connection
 ) -> None:
@@ -110,8 +109,7 @@ def serve_beside(
 def make_server(pipe: Connection, config: ServeConfig, ready: Connection) -> "Listening":
     """A server before the engine at a pipe; an error of the engine where it can't be built."""
     sys.setswitchinterval(SWITCH_S)  # so that the thread that sends does not wait for its turn
-    share = -(-config.max_open // config.num_http_processes)
-    client = EngineClient(pipe, config.max_open, share)
+    client = EngineClient(pipe, config.max_open, -(-config.max_open // config.num_http_processes))
     server = Listening(uvicorn.Config(make_app(client, config), **settings_of(config)))
     server.client, server.ready = client, ready
     client.on_loss = lambda: setattr(server, "should_exit", True)
@@ -120,8 +118,8 @@ def make_server(pipe: Connection, config: ServeConfig, ready: Connection) -> "Li
 
 def settings_of(config: ServeConfig) -> dict[str, Any]:
     """How uvicorn is to listen. Lines of requests are not logged: they may hold what is private."""
-    most = config.max_open + 64  # connections; those above it are told to come later
-    where = {"host": config.host, "port": config.port, "limit_concurrency": most}
+    # Connections above this number are told to come later.
+    where = {"host": config.host, "port": config.port, "limit_concurrency": config.max_open + 64}
     return {**where, "access_log": False, "log_level": "warning", "server_header": False}
 
 

@@ -18,7 +18,9 @@ import pytest
 from serving import Command, events, is_running, text_of, until
 
 from nanovllm.serve.client import Busy, EngineClient
-from nanovllm.serve.engine_process import About, start_deaf
+from nanovllm.serve import start as start_module
+from nanovllm.serve.engine_process import About, deaf
+from nanovllm.serve.settings import ServeConfig
 
 PROMPTS = [f"Once upon a time, {number} foxes" for number in range(40)]
 BODY = {"max_tokens": 24, "temperature": 0, "stream": True}
@@ -181,16 +183,11 @@ def test_ctrl_c_before_the_engine_is_there_ends_all_quietly(command):
 def test_ctrl_c_that_comes_while_a_process_is_started_is_not_lost():
     heard, before = [], signal.signal(signal.SIGINT, lambda *_: heard.append("Ctrl-C"))
     process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
-
-    class Interrupted:
-        """Starts the process, in the moment in which somebody presses the keys."""
-
-        def start(self) -> None:
+    try:
+        with deaf():
             os.kill(os.getpid(), signal.SIGINT)
             process.start()
-
-    try:
-        start_deaf(Interrupted())
+            assert not heard
         until(lambda: heard == ["Ctrl-C"], "it is heard here")
         os.kill(process.pid, signal.SIGINT)
         time.sleep(0.5)
@@ -199,6 +196,24 @@ def test_ctrl_c_that_comes_while_a_process_is_started_is_not_lost():
         signal.signal(signal.SIGINT, before)
         process.kill()
         process.join()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_ctrl_c_right_behind_the_start_of_a_process_ends_it_with_the_others(monkeypatch, number):
+    """It has been started, and nobody had the time to note it."""
+    started, start = [], multiprocessing.process.BaseProcess.start
+
+    def interrupted(process) -> None:
+        start(process)
+        started.append(process)
+        if len(started) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start_module.serve({"device": "cpu"}, ServeConfig(port=0, http_processes=2))
+    assert len(started) == 2 and not any(process.is_alive() for process in started)
+    assert multiprocessing.active_children() == []
 
 
 def test_each_process_takes_its_share_and_a_single_call_may_have_all():
