@@ -17,8 +17,8 @@ import httpx
 import pytest
 from serving import Command, events, is_running, text_of, until
 
-from nanovllm.serve.client import Busy, EngineClient
 from nanovllm.serve import start as start_module
+from nanovllm.serve.client import Busy, EngineClient
 from nanovllm.serve.engine_process import About, deaf
 from nanovllm.serve.settings import ServeConfig
 
