@@ -25,13 +25,13 @@ FAMILIES = {
     "Qwen3": SHAPE,
     "Qwen3Moe": SHAPE | dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24),
 }
-LENGTHS = (3, 40, 1, 70, 17, 9) if ON_GPU else (13, 20, 14, 9)
+LENGTHS = (3, 40, 1, 70, 17, 9) if ON_GPU else (15, 31, 9)
 PROMPTS = random_prompts(LENGTHS, 64, seed=110)
 PROMPTS[-1] = PROMPTS[1][:16] + PROMPTS[-1][:2]  # a prefix that can be found
 KINDS = (dict(temperature=0), dict(temperature=1.0, top_p=0.9), dict(temperature=0.7))
 PARAMS = [
     SamplingParams(
-        **KINDS[i % 3], seed=i, max_tokens=24 if ON_GPU else 4, ignore_eos=True, logprobs=3
+        **KINDS[i % 3], seed=i, max_tokens=24 if ON_GPU else 3, ignore_eos=True, logprobs=3
     )
     for i in range(len(PROMPTS))
 ]
@@ -55,14 +55,14 @@ def folder(request, tmp_path_factory):
     return save_random(tmp_path_factory.mktemp("invariant"), shape, family=family)
 
 
-def told(folder, dtype: str, **options) -> list:
-    """All tokens and log-probabilities, twice: the second time with what is in the cache."""
+def told(folder, dtype: str, times: int = 1, **options) -> list:
+    """All tokens and log-probabilities; from the second time on with what is in the cache."""
     options = {"kvcache_block_size": 16, "num_kvcache_blocks": 60, "max_num_seqs": 40, **options}
     options |= dict(dtype=dtype, batch_invariant=True, attention_backend="triton")
     found = []
     with nullcontext() if ON_GPU else interpreted():
         llm = build(folder, **options)
-        for _ in range(2):
+        for _ in range(times):
             outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
             found.append([(out["token_ids"], out["logprobs"]) for out in outputs])
         preemptions = llm.scheduler.num_preemptions
@@ -74,10 +74,10 @@ def told(folder, dtype: str, **options) -> list:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"] if ON_GPU else ["float32"])
 def test_no_way_to_run_a_request_changes_a_bit(folder, dtype):
     """Alone, in chunks, preempted, after a hit, replayed: equal floats, not close ones."""
-    first, second = told(folder, dtype)
+    first, second = told(folder, dtype, times=2)
     assert first == second
     for name, options in WAYS.items():
-        assert told(folder, dtype, **options) == [first, first], name
+        assert told(folder, dtype, **options) == [first], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32])
