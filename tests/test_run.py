@@ -33,21 +33,23 @@ def test_a_file_runs_first_last_and_where_a_module_of_its_laws_becomes_what_the_
     def stage(k: int) -> dict[str, str]:
         return {f"nanovllm/{changes[i]}.py": str(i) for i in range(1, k + 1)}
 
-    for name in ("from_stage_2/test_x.py", "from_stage_4/test_y.py", "test_imports.py"):
+    names = "from_stage_2/test_x.py", "from_stage_4/test_y.py", "from_stage_8/test_z.py"
+    for name in (*names, "test_imports.py"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
     monkeypatch.setattr(tangle, "stage", stage)
     monkeypatch.setattr(tangle, "last", lambda: 9)
     monkeypatch.setattr(run, "SUITE", tmp_path)
-    monkeypatch.setattr(run, "LAWS_OF", {"from_stage_2/test_x.py": run.POLICY})
+    monkeypatch.setattr(run, "LAWS_OF", {names[0]: run.POLICY, names[2]: "serve/"})
     stages = {
         name: [k for k in range(1, 10) if name not in run.left_out(k)]
-        for name in ("from_stage_2/test_x.py", "from_stage_4/test_y.py", "test_imports.py")
+        for name in (*names, "test_imports.py")
     }
     # At 6 and 7 modules become what they are at 9, where all of it is asked.
     assert stages["from_stage_2/test_x.py"] == [1, 2, 4, 9]
     assert stages["from_stage_4/test_y.py"] == [1, 2, 3, 4, 5, 9]
+    assert stages["from_stage_8/test_z.py"] == [9]  # what it holds is at 9 what it is at 8
     assert stages["test_imports.py"] == [*range(1, 10)]
 
 

@@ -113,8 +113,7 @@ def test_when_one_is_killed_all_end(command, number):
         until(lambda pid=pid: not is_running(pid), "it ends, too")
 
 
-@pytest.mark.parametrize("to_all", [False, True])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_a_signal_lets_those_inside_finish_in_every_process(command, number, to_all):
     """Sent to the first process, or to all: as a terminal does, and many supervisors."""
     server = command("--http-processes", "2")
@@ -133,13 +132,13 @@ def test_a_signal_lets_those_inside_finish_in_every_process(command, number, to_
         until(lambda pid=pid: not is_running(pid), "it ends, too")
 
 
-@pytest.mark.parametrize("others", ["1", "2"])
-def test_an_address_that_is_taken_is_shared_with_nobody(command, others):
+def test_an_address_that_is_taken_is_shared_with_nobody(command):
     server = command("--http-processes", "2")
     port = server.ready()
-    second = command("--http-processes", others, "--port", str(port))
-    status, said = second.end(100)
-    assert status == 1 and "can't listen at 127.0.0.1" in said and "Traceback" not in said
+    for others in ("1", "2"):
+        second = command("--http-processes", others, "--port", str(port))
+        status, said = second.end(100)
+        assert status == 1 and "can't listen at 127.0.0.1" in said and "Traceback" not in said
     assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
 
 
