@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install -q -c constraints.txt
+PIP    := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 
 # A stamp says which set-up .venv has: "demo" is the engine, "full" adds the book and the tests.
 DEMO := $(VENV)/.stamp-demo

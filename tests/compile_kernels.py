@@ -191,13 +191,16 @@ def sums(dtype: torch.dtype, hidden: int, ranks: int) -> None:
         all_reduce(x, inboxes, counts, counts[:1], 1, tags, x.clone(), ones, 1e-6)
 
 
-if __name__ == "__main__":
-    pretend()
-    for dtype in (torch.bfloat16, torch.float32):
-        attention(dtype, head_dim=128, group=2, block_size=256)
-        layers(dtype, hidden=1024, heads=16, kv_heads=8, head_dim=128)
-        mixture(dtype, hidden=2048, size=768, number=128, top=8)
-        sums(dtype, hidden=4096, ranks=2)
+def usual(dtype: torch.dtype) -> None:
+    """Every kernel, on the shapes of models that many people run."""
+    attention(dtype, head_dim=128, group=2, block_size=256)
+    layers(dtype, hidden=1024, heads=16, kv_heads=8, head_dim=128)
+    mixture(dtype, hidden=2048, size=768, number=128, top=8)
+    sums(dtype, hidden=4096, ranks=2)
+
+
+def further() -> None:
+    """Other groups of heads, sizes that are no powers of two, other blocks, more ranks."""
     rows_in_registers(torch.bfloat16)
     attention(torch.bfloat16, head_dim=128, group=7, block_size=256)
     attention(torch.bfloat16, head_dim=64, group=1, block_size=16)
@@ -208,4 +211,12 @@ if __name__ == "__main__":
     layers(torch.bfloat16, hidden=256, heads=6, kv_heads=2, head_dim=64)
     mixture(torch.bfloat16, hidden=300, size=70, number=5, top=2)
     sums(torch.bfloat16, hidden=450, ranks=8)
+
+
+if __name__ == "__main__":
+    pretend()
+    usual(torch.bfloat16)
+    if CAPABILITY == 90:  # elsewhere the same code is compiled without what is Hopper's
+        usual(torch.float32)
+        further()
     print(json.dumps(sorted(compiled)))

@@ -10,9 +10,9 @@ nobody waits for the slowest test of a part. What a part prints is shown when it
 The conformance suite runs at every stage, that is on the package as of every chapter: each of its
 files at the last stage, at its first one, and at each whose chapter changes a module whose laws the
 file holds, unless the last stage has all these modules as they are then. At the others the same
-code would answer the same questions again. And of what such a file asks, a stage between its first and
-the last takes one test in ONE_IN, by turns: so many stages in a row ask everything. What is left
-out is counted in the summary; with `--all` nothing is.
+code would answer the same questions again. And of what such a file asks, a stage between its first
+and the last takes one test in ONE_IN, by turns: so many stages in a row ask everything. What is
+left out is counted in the summary; with `--all` nothing is.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SUITE = ROOT / "tests/conformance"
 BIN = Path(sys.executable).parent
 WORKERS = max(2, (os.cpu_count() or 1) // 2)
 STEP_LIMIT_S = 2400  # a step that hangs is a failure, not a wait
-ONE_IN = 4  # tests of earlier chapters that are asked at a stage before the last
+ONE_IN = 8  # tests of earlier chapters that are asked at a stage before the last
 NOTEBOOK_PARTS = 4  # into which the notebooks are dealt out
 
 # What is scheduled when, and what is kept meanwhile. That attention over the scheduled tokens is

@@ -717,7 +717,7 @@ def winners(scores: Tensor, noise: Tensor, top_ks: Tensor, top_ps: Tensor, min_p
 
 @pytest.mark.parametrize("room", [2048, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_columns", [1, 100, 5000])
+@pytest.mark.parametrize("num_columns", [1, 100, 5000 if ON_GPU else 1500])
 def test_filters_draw_what_a_sort_in_float64_draws(num_columns, dtype, room, monkeypatch):
     """From candidates, and where there are too many from the whole row; ties too.
 
@@ -725,7 +725,7 @@ def test_filters_draw_what_a_sort_in_float64_draws(num_columns, dtype, room, mon
     """
     monkeypatch.setattr(candidates, "ROOM", room)
     monkeypatch.setattr(candidates, "CHUNK", 32 if ON_GPU else 4)
-    kinds, n = 16, 16 * (40 if ON_GPU else 2)
+    kinds, n = 16, 16 * (40 if ON_GPU else 1)
     logits = torch.randn(kinds, num_columns) * 3
     logits[::3] = logits[::3].round()
     heat = torch.rand(kinds) * 2 + 0.1
@@ -769,7 +769,7 @@ def test_filters_at_their_edges():
         ([1.0, 2, 2, 0, 1.9], 1, 1.0, 0.8, [1]),
         ([1.0, 2, 2, 0, 1.9], 0, 0.5, 0.8, [1, 2]),
     ]
-    draws = 64 if ON_GPU else 4  # in the interpreter each takes 100 ms
+    draws = 64 if ON_GPU else 2  # in the interpreter each takes 100 ms
     for dtype, room in product((torch.float32, torch.bfloat16) if ON_GPU else DTYPES[:1], (32, 1)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(candidates, "ROOM", room)
