@@ -20,7 +20,7 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).resolve().parents[1]
 GLOSSARY = "book/glossary"
 # Words of every day, which in most sentences are not meant as terms.
-COMMON = {"context", "finished", "history", "hit", "positions", "row", "running", "step", "waiting"}
+COMMON = set("context finished history hit positions program row running step waiting".split())
 UNTOUCHED = (nodes.title, nodes.reference, nodes.literal, nodes.literal_block, nodes.math)
 MOST_WORDS = 40  # of a page's description
 
