@@ -41,7 +41,7 @@ import tangle  # noqa: E402
 SUITE = ROOT / "tests/conformance"
 BIN = Path(sys.executable).parent
 WORKERS = max(2, (os.cpu_count() or 1) // 2)
-STEP_LIMIT_S = 2400  # a step that hangs is a failure, not a wait
+STEP_LIMIT_S = 3600  # a step that hangs is a failure, not a wait
 ONE_IN = 8  # tests of earlier chapters that are asked at a stage before the last
 NOTEBOOK_PARTS = 4  # into which the notebooks are dealt out
 
