@@ -11,8 +11,8 @@ The conformance suite runs at every stage, that is on the package as of every ch
 files at the last stage, at its first one, and at each whose chapter changes a module whose laws the
 file holds, unless the last stage has all these modules as they are then. At the others the same
 code would answer the same questions again. And of what such a file asks, a stage between its first
-and the last takes one test in ONE_IN, by turns: so many stages in a row ask everything. What is
-left out is counted in the summary; with `--all` nothing is.
+and the last takes one test in ONE_IN, by turns. The files left out are counted in the summary, the
+tests in what a stage prints (`deselected`); with `--all` nothing is left out.
 """
 
 from __future__ import annotations
