@@ -58,7 +58,27 @@ def run_on_stage(stage: int, script: str, **values: object) -> str:
         return subprocess.check_output(command, env=environment, text=True)
 
 
-def token_seconds(llm: Any, length: int, steps: int = 8, batch: int = 1) -> float:
+def wall_seconds(function: Callable[[], object]) -> float:
+    """Seconds of one call by the clock."""
+    start = perf_counter()
+    function()
+    return perf_counter() - start
+
+
+def device_seconds(function: Callable[[], object]) -> float:
+    """Seconds that a GPU works during one call, waits left out; on a CPU `wall_seconds`."""
+    if not ON_GPU:
+        return wall_seconds(function)
+    return sum(duration for _, _, duration in events(function)) / 1e6
+
+
+def token_seconds(
+    llm: Any,
+    length: int,
+    steps: int = 8,
+    batch: int = 1,
+    clock: Callable[[Callable[[], object]], float] = wall_seconds,
+) -> float:
     """Seconds for one more token of `batch` texts of `length` tokens; the median of some steps."""
     from nanovllm import SamplingParams
 
@@ -68,9 +88,7 @@ def token_seconds(llm: Any, length: int, steps: int = 8, batch: int = 1) -> floa
     llm.step()  # the prompts
     times = []
     while not llm.is_finished():
-        start = perf_counter()
-        llm.step()
-        times.append(perf_counter() - start)
+        times.append(clock(llm.step))
     return statistics.median(times)
 
 
