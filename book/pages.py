@@ -9,6 +9,7 @@ It is an extension of Sphinx; `_config.yml` names it.
 from __future__ import annotations
 
 import re
+import sys
 import zipfile
 from html import escape
 from pathlib import Path
@@ -18,10 +19,12 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "book/measure"))
 GLOSSARY = "book/glossary"
 # Words of every day, which in most sentences are not meant as terms.
 COMMON = set("context finished history hit positions program row running step waiting".split())
 UNTOUCHED = (nodes.title, nodes.reference, nodes.literal, nodes.literal_block, nodes.math)
+EXECUTED = "%executed%"  # where a page wants to say with which code each was executed
 MOST_WORDS = 40  # of a page's description
 
 
@@ -112,9 +115,28 @@ def pack_stages(app: Sphinx, error: Exception | None) -> None:
                 out.writestr(zipfile.ZipInfo(path), text, zipfile.ZIP_DEFLATED)  # without a time
 
 
+def tell_what_ran(app: Sphinx, page: str, source: list[str]) -> None:
+    """Which pages were executed with the package as it is now: a table where one is asked for."""
+    if EXECUTED not in source[0]:
+        return
+    from execute import behind, in_words, notebooks
+
+    app.env.note_reread()  # in each build: it is the code that may have changed
+    rows = [f"| []({link(path)}) | {in_words(behind(path))} |" for path in notebooks()]
+    table = "\n".join(["| page | the package that made its outputs |", "|---|---|", *rows])
+    source[0] = source[0].replace(EXECUTED, table)
+
+
+def link(notebook: Path) -> str:
+    """From a page in book/ to a notebook."""
+    folder = "" if notebook.parent.name == "book" else "../chapters/"
+    return folder + notebook.name
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Tell Sphinx what to call."""
     app.setup_extension("sphinx-mathjax-offline")
+    app.connect("source-read", tell_what_ran)
     app.connect("html-page-context", once_each, priority=900)
     app.connect("html-page-context", tell_others, priority=900)
     app.connect("doctree-resolved", describe_plots, priority=900)

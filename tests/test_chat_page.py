@@ -232,6 +232,10 @@ class Page(Tab):
         if is_hidden:
             self.click("#done")
 
+    def wait_for_model(self) -> None:
+        """Until the page knows the model's name; who says something before asks without one."""
+        self.wait("document.getElementById('model').textContent === 'nanovllm-tiny'")
+
     def say(self, text: str) -> None:
         """Type a message and press Enter."""
         self.see("document.getElementById('entry').focus()")
@@ -308,7 +312,7 @@ ANSWER = ".turn:last-child .answer > .said"
 @pytest.mark.parametrize("size", SIZES)
 def test_a_conversation_can_be_had(open_page, size, theme):
     page = open_page(size, theme)
-    page.wait("document.getElementById('model').textContent === 'nanovllm-tiny'")
+    page.wait_for_model()
     page.keep(f"{size}-{theme}-0-welcome")
     for name, value in LONG.items():
         page.fill(name, str(value))
@@ -373,6 +377,7 @@ def test_stop_ends_the_work_on_the_server_too(open_page, server):
 
 def test_empty_settings_are_not_sent_and_all_others_are(open_page):
     page = open_page()
+    page.wait_for_model()
     page.fill("max_tokens", "3")
     page.say("Hello")
     page.wait_for_end()
@@ -400,7 +405,7 @@ def test_key_is_asked_for_and_kept_for_this_tab_alone(open_page):
     assert page.text("#model") == "the API key is missing or wrong"
     page.type(KEY)
     page.press("Tab")
-    page.wait("document.getElementById('model').textContent === 'nanovllm-tiny'")
+    page.wait_for_model()
     page.fill("max_tokens", "3")
     page.say("Hello")
     page.wait_for_end()

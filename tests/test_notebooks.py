@@ -78,6 +78,34 @@ def stream(text: str, name: str = "stdout") -> dict:
     return {"name": name, "output_type": "stream", "text": text}
 
 
+def test_a_stamp_is_of_what_a_source_does_on_any_python() -> None:
+    source = 'def f(x):\n    "A text."\n    return f"{x!r:>{2}} ä", None\n\n\nclass A:\n    pass\n'
+    told = source.replace('"A text."', '"Another."') + "\n\n# a comment\n"
+    assert tool.stamp(source) == tool.stamp(told) == "f332f391e5dd"  # whatever Python says so
+    assert tool.stamp(source.replace("None", "0")) != tool.stamp(source)
+    assert tool.stamp("'a'") != tool.stamp("'b'")
+
+
+def test_it_is_told_which_modules_changed_since(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tool, "RECORD", tmp_path / "executed.json")
+    path = ROOT / NOTEBOOKS[1]
+    assert tool.behind(path) is None
+    tool.record(path)
+    assert tool.behind(path) == []
+    modules = json.loads(tool.RECORD.read_text())[path.name]
+    assert "nanovllm/engine/llm_engine.py" in modules
+    del modules["nanovllm/config.py"]
+    modules |= {"nanovllm/engine/llm_engine.py": "other", "nanovllm/gone.py": "x"}
+    tool.RECORD.write_text(json.dumps({path.name: modules}))
+    changed = ["nanovllm/config.py", "nanovllm/engine/llm_engine.py", "nanovllm/gone.py"]
+    assert tool.behind(path) == changed
+    assert tool.in_words(changed).startswith("changed since: `nanovllm/config.py`, ")
+
+
+def test_the_record_is_of_notebooks_that_are_there() -> None:
+    assert set(tool.executed()) <= {Path(name).name for name in NOTEBOOKS}
+
+
 def test_normalise_counts_cells_and_drops_what_is_volatile() -> None:
     result = {"data": {"text/plain": "2"}, "execution_count": 9, "output_type": "execute_result"}
     notebook = make(

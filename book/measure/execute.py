@@ -2,12 +2,15 @@
 
     python book/measure/execute.py [notebook ...]          execute, then store
     python book/measure/execute.py --check [notebook ...]  look only, execute nothing
+    python book/measure/execute.py --behind                what changed since they were executed
 
 Without a name it takes every notebook of chapters/ and book/. Each one runs from a fresh
 kernel in its own folder. It is stored only when it is clean: no error, no warning, no path of
 this machine, no widget, no memory address. Execution counts run 1..n, timestamps are
 dropped and cell ids stay, so that a diff shows what changed and nothing else. A cell that has
 outputs carries a stamp of the source that produced them: an output of other source is refused.
+The package that it ran may change later: `executed.json` has a stamp of each of its modules, so
+that it can be said of which pages the code has changed since.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "book/measure/executed.json"
+sys.path.insert(0, str(ROOT / "chapters"))
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LANGUAGE = {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"}
 VOLATILE = {"ExecuteTime", "collapsed", "execution", "papermill", "scrolled", "vscode"}
@@ -50,10 +55,27 @@ def text_of(value: str | list[str]) -> str:
     return value if isinstance(value, str) else "".join(value)
 
 
+def is_docstring(node: object) -> bool:
+    """Is this a statement that is nothing but a string?"""
+    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
+
+
+def shape_of(node: object) -> object:
+    """A syntax tree as lists, without docstrings and what is empty: Pythons differ in that."""
+    if isinstance(node, ast.AST):
+        fields = [[name, shape_of(value)] for name, value in ast.iter_fields(node)]
+        filled = [[name, value] for name, value in fields if value not in (None, [])]
+        return [type(node).__name__, *filled]
+    if isinstance(node, list):
+        has_one = len(node) > 1 and is_docstring(node[0])
+        return [shape_of(item) for item in node[has_one:]]
+    return node if node is None else repr(node)
+
+
 def stamp(source: str) -> str:
-    """What a source does, as a short hash: layout and comments don't count."""
+    """What a source does, as a short hash: layout, comments and docstrings don't count."""
     try:
-        source = ast.dump(ast.parse(source))
+        source = str(shape_of(ast.parse(source)))
     except SyntaxError:  # a magic, say: as it is
         pass
     return hashlib.sha1(source.encode()).hexdigest()[:12]
@@ -153,6 +175,44 @@ def stamped(notebook: dict[str, Any]) -> dict[str, Any]:
     return notebook
 
 
+def code_of(path: Path) -> dict[str, str]:
+    """A stamp of each module that the cells of a notebook find: the package as of its chapter."""
+    import stages
+
+    is_chapter = path.resolve().parent == stages.HERE
+    modules = stages.stage(stages.number(path) if is_chapter else stages.last())
+    return {name: stamp(text) for name, text in sorted(modules.items())}
+
+
+def executed() -> dict[str, dict[str, str]]:
+    """By a notebook's name, what `code_of` gave when it was executed."""
+    return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+
+
+def record(path: Path) -> None:
+    """Note with which code a notebook has just been executed."""
+    text = json.dumps({**executed(), path.name: code_of(path)}, indent=1, sort_keys=True)
+    RECORD.write_text(text + "\n", encoding="utf-8")
+
+
+def behind(path: Path) -> list[str] | None:
+    """Modules that have changed since a notebook was executed; None where there is no record."""
+    then, now = executed().get(path.name), code_of(path)
+    if then is None:
+        return None
+    return sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
+
+
+def in_words(changed: list[str] | None) -> str:
+    """What `behind` found."""
+    if changed is None:
+        return "no record"
+    if not changed:
+        return "as it is now"
+    few = ", ".join(f"`{name}`" for name in changed[:4])
+    return f"changed since: {few}" + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+
+
 def output_texts(output: dict[str, Any]) -> Iterator[str]:
     """The readable text of an output; an encoded picture is not text."""
     if output["output_type"] == "stream":
@@ -221,6 +281,7 @@ def refresh(path: Path, timeout: int) -> list[str]:
     found = problems(notebook)
     if not found:
         write(path, notebook)
+        record(path)
         print(f"{path}: {time.perf_counter() - start:.0f} s", flush=True)
     return found
 
@@ -230,7 +291,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("paths", nargs="*", type=Path, metavar="notebook")
     parser.add_argument("--check", action="store_true", help="look only, execute nothing")
     parser.add_argument("--timeout", type=int, default=600, help="seconds a cell may take")
+    parser.add_argument("--behind", action="store_true", help="what has changed since")
     options = parser.parse_args(arguments)
+    if options.behind:
+        for path in options.paths or notebooks():
+            print(f"{path.name}: {in_words(behind(path))}")
+        return 0
     failed = False
     for path in options.paths or notebooks():
         found = problems(read(path)) if options.check else refresh(path, options.timeout)
