@@ -281,7 +281,8 @@ def refresh(path: Path, timeout: int) -> list[str]:
     found = problems(notebook)
     if not found:
         write(path, notebook)
-        record(path)
+        if path.resolve() in notebooks():  # the book's own, whose package is known
+            record(path)
         print(f"{path}: {time.perf_counter() - start:.0f} s", flush=True)
     return found
 
