@@ -42,15 +42,16 @@ async def answer_here(
     """Answer rows by one engine, in a process that ends with this."""
     (pipe,), process = in_process(options)
     try:
-        client = EngineClient(pipe, max_open=sys.maxsize)  # the readers are the limit
+        # The readers are the limit. In a thread, for a Ctrl-C is heard by the loop alone.
+        client = await asyncio.to_thread(EngineClient, pipe, max_open=sys.maxsize)
         client.start()
         desk = Desk(client, config.served_model_name)
         await drain(rows, note, desk.answer, width_of(options), 1)
         client.close()
         process.join(10)
     finally:
-        pipe.close()
         process.kill()
+        pipe.close()
 
 
 def run_batch(source: Path, target: Path, options: dict[str, Any], config: BatchConfig) -> None:

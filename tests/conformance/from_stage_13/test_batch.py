@@ -5,7 +5,9 @@ import json
 import os
 import random
 import signal
+import time
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -359,3 +361,23 @@ def test_an_engine_that_is_killed_ends_the_run_and_blames_no_row(tmp_path):
     assert [text_of(row) and row["custom_id"] for row in rows_of(target)] == [
         line["custom_id"] for line in lines
     ]
+
+
+def test_ctrl_c_while_the_model_loads_ends_the_run(tmp_path):
+    source, target = write(tmp_path / "in.jsonl", [question(0)]), tmp_path / "out.jsonl"
+    process = start(source, target)
+    engines: list[int] = []
+
+    def is_started():
+        engines[:] = [pid for pid in children(process.pid) if "spawn_main" in command_of(pid)]
+        return engines
+
+    wait_until(is_started, process)
+    os.kill(engines[0], signal.SIGSTOP)  # a model that loads for ever
+    time.sleep(1)  # until it is waited for
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in told, told
+    assert not Path(f"/proc/{engines[0]}").exists() and not target.exists()
+    finish(start(source, target))
+    assert len(rows_of(target)) == 1
