@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
+import zlib
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -236,6 +237,17 @@ def left_out(stage: int) -> list[str]:
         if starts <= stage < tangle.last() and not is_asked:
             found.append(name)
     return found
+
+
+def is_asked(name: str, stage: int, one_in: int) -> bool:
+    """Does a test, named from the suite's folder on, have its turn at a stage?
+
+    Those of the stage's own folder always have; of the others, N stages in a row ask each once.
+    """
+    own = "" if stage == 1 else f"from_stage_{stage}/"
+    if name.startswith(own) or name.partition("::")[0] in ALWAYS:
+        return True
+    return zlib.crc32(name.encode()) % one_in == stage % one_in
 
 
 def checks() -> list[Callable[[], Count]]:

@@ -52,6 +52,21 @@ def test_a_file_runs_first_last_and_where_a_module_of_its_laws_becomes_what_the_
     assert not any("test_imports.py" in run.left_out(k) for k in range(1, 10))
 
 
+def test_each_question_has_its_turn_and_at_some_stages_always():
+    names = [f"from_stage_{k}/test_x.py::test_{i}[{i}]" for k in (2, 7) for i in range(400)]
+    for one_in in (1, 3, 8):
+        for first in (8, 11):
+            turns = [
+                {name for name in names if run.is_asked(name, stage, one_in)}
+                for stage in range(first, first + one_in)
+            ]
+            assert set().union(*turns) == {*names} and sum(map(len, turns)) == len(names)
+            assert min(map(len, turns)) > 800 / one_in / 2
+    assert all(run.is_asked(name, 7, 8) for name in names if "from_stage_7/" in name)
+    assert all(run.is_asked(f"test_sampling.py::test_{i}", 1, 8) for i in range(100))
+    assert all(run.is_asked(f"{run.ALWAYS[0]}::test_{i}", 5, 8) for i in range(100))
+
+
 def test_parts_run_side_by_side_and_are_counted_in_their_order():
     both = threading.Barrier(run.WORKERS, timeout=30)  # passed by those alone that run together
 

@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 
 import pytest
@@ -57,19 +56,14 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what has its turn at another stage; N stages in a row ask everything."""
-    from run import ALWAYS
+    from run import is_asked
 
     one_in, stage = int(os.environ.get("NANOVLLM_ONE_IN", 1)), chapter_under_test()
-    own = "" if stage == 1 else f"from_stage_{stage}/"
-
-    def is_asked(item):
+    chosen, left_out = [], []
+    for item in items:
         name = item.nodeid.partition("conformance/")[2]
-        if name.startswith(own) or name.partition("::")[0] in ALWAYS:
-            return True
-        return zlib.crc32(name.encode()) % one_in == stage % one_in
-
-    left_out = [item for item in items if not is_asked(item)]
-    items[:] = [item for item in items if is_asked(item)]
+        (chosen if is_asked(name, stage, one_in) else left_out).append(item)
+    items[:] = chosen
     if left_out:
         config.hook.pytest_deselected(items=left_out)
 
