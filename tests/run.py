@@ -43,6 +43,7 @@ SUITE = ROOT / "tests/conformance"
 BIN = Path(sys.executable).parent
 WORKERS = max(2, (os.cpu_count() or 1) // 2)
 STEP_LIMIT_S = 3600  # a step that hangs is a failure, not a wait
+FILES = 4  # at one stage in so many a file of an earlier chapter is asked
 ONE_IN = 12  # tests of earlier chapters that are asked at a stage before the last
 NOTEBOOK_PARTS = 4  # into which the notebooks are dealt out
 
@@ -243,11 +244,16 @@ def is_asked(name: str, stage: int, one_in: int) -> bool:
     """Does a test, named from the suite's folder on, have its turn at a stage?
 
     Those of the stage's own folder always have; of the others, N stages in a row ask each once.
+    A file has its turn at one stage in FILES, if they divide N: what its tests share takes long.
     """
-    own = "" if stage == 1 else f"from_stage_{stage}/"
-    if name.startswith(own) or name.partition("::")[0] in ALWAYS:
+    own, file = "" if stage == 1 else f"from_stage_{stage}/", name.partition("::")[0]
+    if name.startswith(own) or file in ALWAYS:
         return True
-    return zlib.crc32(name.encode()) % one_in == stage % one_in
+    files = FILES if one_in % FILES == 0 else 1
+    if zlib.crc32(file.encode()) % files != stage % files:
+        return False
+    turns = one_in // files
+    return zlib.crc32(name.encode()) % turns == stage // files % turns
 
 
 def checks() -> list[Callable[[], Count]]:

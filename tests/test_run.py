@@ -53,9 +53,10 @@ def test_a_file_runs_first_last_and_where_a_module_of_its_laws_becomes_what_the_
 
 
 def test_each_question_has_its_turn_and_at_some_stages_always():
-    names = [f"from_stage_{k}/test_x.py::test_{i}[{i}]" for k in (2, 7) for i in range(400)]
-    for one_in in (1, 3, 8):
-        for first in (8, 11):
+    files = [f"from_stage_{k}/test_{name}.py" for k in (2, 7) for name in "abcdefghijklmnopqrst"]
+    names = [f"{file}::test_{i}[{i}]" for file in files for i in range(20)]
+    for one_in in (1, 3, 8, 12):
+        for first in (8, 20):
             turns = [
                 {name for name in names if run.is_asked(name, stage, one_in)}
                 for stage in range(first, first + one_in)

@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from zlib import crc32
 
@@ -68,7 +70,13 @@ def whole_entries(path: Path) -> list[int]:
 def start(source: Path, target: Path, *options: str) -> subprocess.Popen:
     """Begin `nanovllm batch` in a process of its own."""
     command = [sys.executable, "-m", "nanovllm", "batch", str(source), "-o", str(target), *options]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True)
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
+    )
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
