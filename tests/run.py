@@ -32,6 +32,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from math import gcd
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,12 +245,12 @@ def is_asked(name: str, stage: int, one_in: int) -> bool:
     """Does a test, named from the suite's folder on, have its turn at a stage?
 
     Those of the stage's own folder always have; of the others, N stages in a row ask each once.
-    A file has its turn at one stage in FILES, if they divide N: what its tests share takes long.
+    A file has its turn at one stage in FILES, as far as N allows: what its tests share takes long.
     """
     own, file = "" if stage == 1 else f"from_stage_{stage}/", name.partition("::")[0]
     if name.startswith(own) or file in ALWAYS:
         return True
-    files = FILES if one_in % FILES == 0 else 1
+    files = gcd(one_in, FILES)
     if zlib.crc32(file.encode()) % files != stage % files:
         return False
     turns = one_in // files

@@ -260,7 +260,7 @@ def rest(connection: socket.socket) -> bytes:
 def test_sigterm_lets_running_streams_end_and_takes_no_others(commands):
     command = commands["drained"]
     port, engine = command.ready(), command.engine()
-    stream = begin(port, 1200)
+    stream = begin(port, 2000)
     command.process.send_signal(signal.SIGTERM)
 
     def is_deaf() -> bool:

@@ -7,7 +7,6 @@ import random
 import signal
 import time
 import tracemalloc
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +24,7 @@ from batch_files import (
     whole_entries,
     write,
 )
+from serving import is_running, until
 
 from nanovllm import SamplingParams
 from nanovllm.serve import batch, batch_file, batch_rows
@@ -378,6 +378,7 @@ def test_ctrl_c_while_the_model_loads_ends_the_run(tmp_path):
     process.send_signal(signal.SIGINT)
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in told, told
-    assert not Path(f"/proc/{engines[0]}").exists() and not target.exists()
+    until(lambda: not is_running(engines[0]), "the engine has ended")
+    assert not target.exists()
     finish(start(source, target))
     assert len(rows_of(target)) == 1
