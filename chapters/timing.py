@@ -168,6 +168,20 @@ def events(function: Callable[[], object]) -> list[tuple[str, float, float]]:
     return sorted(found, key=lambda event: event[1])
 
 
+def by_operation(function: Callable[[], object]) -> dict[str, float]:
+    """Seconds that the device works for each operation of torch while a function runs."""
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]
+    with quiet(), warnings.catch_warnings():  # the profiler talks
+        warnings.simplefilter("ignore")
+        with profile(activities=kinds) as trace:
+            function()
+            if ON_GPU:
+                torch.cuda.synchronize()
+        averages = trace.key_averages()
+    spent = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
+    return {a.key: getattr(a, spent) / 1e6 for a in averages if a.key.startswith("aten::")}
+
+
 def launches(function: Callable[[], object]) -> int:
     """How many kernels and copies (on a CPU, operations) the device runs for a function."""
     return len(events(function))

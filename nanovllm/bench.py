@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from nanovllm.latency import latencies
 from nanovllm.sampling_params import SamplingParams
@@ -154,21 +155,15 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     target = torch.empty_like(source)
     size = 8192 if on_gpu else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
-    copy = fastest(lambda: target.copy_(source), on_gpu)
-    product = fastest(lambda: a @ a, on_gpu)
+    copy = fastest(lambda: target.copy_(source))
+    product = fastest(lambda: a @ a)
     return 2 * source.numel() / copy, 2 * size**3 / product
 
 
-def fastest(operation: Callable[[], object], on_gpu: bool, repeats: int = 10) -> float:
-    """Seconds of the quickest of several runs."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = perf_counter()
-        operation()
-        if on_gpu:
-            torch.cuda.synchronize()
-        best = min(best, perf_counter() - start)
-    return best
+def fastest(operation: Callable[[], object]) -> float:
+    """Seconds of one of ten runs, one behind the other, so that no launch counts; best of three."""
+    timer = Timer("run()", globals={"run": operation}, num_threads=torch.get_num_threads())
+    return min(timer.timeit(10).mean for _ in range(3))
 
 
 def peak_memory(llm: "LLM") -> int:
