@@ -148,21 +148,27 @@ def moves_data(event: Any) -> bool:
     return event.cpu_parent is None and not any(view in event.name for view in VIEWS)
 
 
+@contextmanager
+def trace(function: Callable[[], object], *kinds: ProfilerActivity) -> Iterator[profile]:
+    """Run a function under torch's profiler, which talks, and is kept quiet in a `with`."""
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with profile(activities=kinds) as profiler:
+            function()
+            if ON_GPU:
+                torch.cuda.synchronize()
+        yield profiler
+
+
 def events(function: Callable[[], object]) -> list[tuple[str, float, float]]:
     """Name, start and duration in us of what the device does while a function runs.
 
     On a GPU these are kernels and copies; on a CPU the operations of torch that move data.
     """
-    kind = ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU
-    with quiet(), warnings.catch_warnings():  # the profiler talks
-        warnings.simplefilter("ignore")
-        with profile(activities=[kind]) as trace:
-            function()
-            if ON_GPU:
-                torch.cuda.synchronize()
+    with trace(function, ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU) as profiler:
         found = [
             (event.name, event.time_range.start, event.time_range.elapsed_us())
-            for event in trace.events()
+            for event in profiler.events()
             if (event.device_type.name == "CUDA" if ON_GPU else moves_data(event))
         ]
     return sorted(found, key=lambda event: event[1])
@@ -171,13 +177,8 @@ def events(function: Callable[[], object]) -> list[tuple[str, float, float]]:
 def by_operation(function: Callable[[], object]) -> dict[str, float]:
     """Seconds that the device works for each operation of torch while a function runs."""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]
-    with quiet(), warnings.catch_warnings():  # the profiler talks
-        warnings.simplefilter("ignore")
-        with profile(activities=kinds) as trace:
-            function()
-            if ON_GPU:
-                torch.cuda.synchronize()
-        averages = trace.key_averages()
+    with trace(function, *kinds) as profiler:
+        averages = profiler.key_averages()
     spent = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
     return {a.key: getattr(a, spent) / 1e6 for a in averages if a.key.startswith("aten::")}
 
