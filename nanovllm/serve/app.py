@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from nanovllm.engine.guide import prepare_guides
 from nanovllm.serve.client import Busy, EngineClient
 from nanovllm.serve.guards import Guard, refusal
 from nanovllm.serve.protocol import ChatRequest, CompletionRequest
@@ -19,6 +20,7 @@ from nanovllm.serve.settings import ServeConfig
 
 def make_app(client: EngineClient, config: ServeConfig) -> FastAPI:
     """The application that serves an engine; it begins to talk with it at its start."""
+    prepare_guides(client.about.tokenizer, client.about.limits.vocab_size)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -55,13 +55,9 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path, self.file = path, open(path, "a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        while not self.is_ours():  # another run has just ended, and its file is gone
             self.file.close()
-            raise RuntimeError(f"another run writes {path}") from error
-        except OSError:
-            pass  # a file system without locks
+            self.file = open(path, "a+b")
         sync_names(path.parent)
         self.make_index()
         self.is_needed = True  # until its rows are in the result
@@ -76,6 +72,17 @@ class Journal:
         self.end += size
         place = number, name, self.end - 1 - row_size, row_size
         self.index.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)", place)
+
+    def is_ours(self) -> bool:
+        """Lock the file; has it still a name? RuntimeError where another run has it."""
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.file.close()
+            raise RuntimeError(f"another run writes {self.path}") from error
+        except OSError:
+            pass  # a file system without locks
+        return os.fstat(self.file.fileno()).st_nlink > 0
 
     def make_index(self) -> None:
         """Where each row stands, and which custom_ids are taken; on disk, as both may be many."""

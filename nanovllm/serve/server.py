@@ -78,7 +78,8 @@ class Server:
         """The sequences of a call; in another thread where a long text or a grammar takes time."""
         self.check_model(body.model)
         is_short = int(request.headers.get("content-length", LONG)) < LONG
-        has_grammar = isinstance(body, ChatRequest) and body.response_format is not None
+        form, choice = getattr(body, "response_format", None), getattr(body, "tool_choice", None)
+        has_grammar = form is not None or choice not in (None, "auto", "none")
         return build() if is_short and not has_grammar else await asyncio.to_thread(build)
 
     async def answer(self, request: Request, call: Call, stream: bool) -> Response:

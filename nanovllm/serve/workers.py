@@ -68,7 +68,7 @@ def place(options: dict[str, Any], workers: int) -> tuple[dict[str, Any], dict[s
     return {**options, "device": "cuda" if on_gpu else "cpu"}, needs  # Ray says which GPU
 
 
-PAUSE_S = 1.0  # between two looks for a worker that is away
+PAUSE_S, MOST_LOOKS = 1.0, 300  # between two looks for a worker that is away; how many
 
 CHUNK = 16  # rows
 MOST_LOSSES = 3  # of a chunk, with nothing answered between them
@@ -94,8 +94,8 @@ class Pool:
             raise RuntimeError(f"a worker could not be started: {reason}") from error
 
     async def bring_back(self, number: int) -> None:
-        """Free a worker's permits once it is there again."""
-        while True:
+        """Free a worker's permits once it is there again, or has been away for long."""
+        for _ in range(MOST_LOOKS):
             try:
                 await self.workers[number].begin.remote()
                 break

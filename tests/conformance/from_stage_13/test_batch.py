@@ -1,6 +1,7 @@
 """Batch files: every line has its row, whatever the lines are and whenever the run is killed."""
 
 import asyncio
+import fcntl
 import json
 import os
 import random
@@ -382,3 +383,27 @@ def test_ctrl_c_while_the_model_loads_ends_the_run(tmp_path):
     assert not target.exists()
     finish(start(source, target))
     assert len(rows_of(target)) == 1
+
+
+def test_a_journal_that_goes_while_another_run_waits_for_it_is_made_anew(tmp_path, monkeypatch):
+    """The lock would be one on a file that has no name: a third run would not see it."""
+    path, lock = tmp_path / "out.jsonl.journal", fcntl.flock
+    first = Journal(path)
+
+    def lock_late(file, how):
+        if first is not None:
+            end_first()
+        return lock(file, how)
+
+    def end_first():
+        nonlocal first
+        first.close()
+        first = None
+
+    monkeypatch.setattr(batch_file.fcntl, "flock", lock_late)
+    second = Journal(path)
+    assert os.path.samefile(path, second.file.fileno())
+    with pytest.raises(RuntimeError, match="another run"):
+        Journal(path)
+    second.close()
+    assert not path.exists()

@@ -3,12 +3,14 @@
 NANOVLLM_KILLS says how many workers are killed in a run.
 """
 
+import asyncio
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from batch_files import (
@@ -30,6 +32,10 @@ from batch_files import (
 from nanovllm import SamplingParams
 
 pytest.importorskip("ray")
+from ray.exceptions import RayActorError
+
+from nanovllm.serve import workers as workers_room
+
 KILLS = int(os.environ.get("NANOVLLM_KILLS", 2))
 TWO = "--workers", "2", "--device", "cpu", "--dtype", "float32"
 
@@ -180,3 +186,31 @@ def test_more_workers_than_gpus_are_refused(tmp_path):
     source = write(tmp_path / "in.jsonl", [question(1)])
     told = finish(start(source, tmp_path / "out.jsonl", "--workers", "99", "--device", "cuda"), 2)
     assert "workers=99 need 99 GPUs" in told or "no such GPU" in told
+
+
+class Stub:
+    """A worker whose process is away, or one that answers."""
+
+    def __init__(self, is_there):
+        self.is_there = is_there
+        self.begin = self.answer = self
+
+    async def remote(self, *asked):
+        await asyncio.sleep(0)
+        if not self.is_there:
+            raise RayActorError
+        return [f"answer to {row}" for row in asked[0]] if asked else None
+
+
+def test_a_run_ends_where_no_worker_comes_back(monkeypatch):
+    monkeypatch.setattr(workers_room, "PAUSE_S", 0.0)
+    monkeypatch.setattr(workers_room, "MOST_LOOKS", 5)
+    row = SimpleNamespace(line=SimpleNamespace(number=7))
+
+    async def ask(*stubs):
+        pool = workers_room.Pool(list(stubs), 2)
+        return await asyncio.wait_for(asyncio.gather(*(pool.answer([row]) for _ in range(9))), 20)
+
+    with pytest.raises(RuntimeError, match="workers end at line 7"):
+        asyncio.run(ask(Stub(False), Stub(False)))
+    assert asyncio.run(ask(Stub(False), Stub(True))) == [[f"answer to {row}"]] * 9
